@@ -1,0 +1,125 @@
+"""Everything Calotype raises on purpose.
+
+    CalotypeError
+    ├── RequestError          a request's value that cannot be honoured: names field, value, what is allowed
+    ├── LoadError             a source that does not become a model
+    │   ├── SourceNotFound        nothing at that path, or no such model on the hub
+    │   ├── DamagedFile           a known format, cut short, inconsistent or hostile
+    │   ├── UnsafeFile            a pickle, where only tensors are accepted
+    │   ├── UnknownModel          a sound file that no family claims
+    │   ├── UnsupportedModel      recognised by name, but not run (yet)
+    │   ├── NotAModel             an adapter, ControlNet or other attachment given as a model
+    │   ├── MissingPart           a model without one of its parts
+    │   ├── MissingKeys           a part without some of its tensors
+    │   ├── UnexpectedKeys        a part with tensors that its layout does not have
+    │   └── WrongShape            a tensor whose shape the layout does not allow
+    ├── GenerationError       a job that started and could not be finished
+    │   └── NonFiniteImage        the network or the decoder returned NaN or infinity
+    ├── OutputError           a result that could not be written where it was asked for
+    └── MetadataError         a picture without readable Calotype metadata
+
+Every message says what came, what was wanted, and what to do. `assert` is kept for our own invariants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CalotypeError(Exception):
+    """Base of all errors that Calotype raises on purpose."""
+
+
+class RequestError(CalotypeError, ValueError):
+    """A request's value that cannot be honoured.
+
+    `field` is the name of the field, `value` what came, `allowed` what would have been accepted.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        shown = repr(value)
+        if len(shown) > 80:
+            shown = f"{shown[:60]}... ({len(shown):,} characters)"
+        super().__init__(f"{field}: got {shown}; allowed: {allowed}")
+        self.field = field
+        self.value = value
+        self.allowed = allowed
+
+
+class LoadError(CalotypeError):
+    """A source that does not become a model."""
+
+
+class SourceNotFound(LoadError, FileNotFoundError):
+    """Nothing at that path, or no such model on the hub."""
+
+
+class DamagedFile(LoadError):
+    """A file of a known format that is cut short, inconsistent or hostile."""
+
+
+class UnsafeFile(LoadError):
+    """A pickle, which can run code when read, where only tensors are accepted."""
+
+
+class UnknownModel(LoadError):
+    """A sound file that no family claims."""
+
+
+class UnsupportedModel(LoadError):
+    """A model that is recognised by name, but that Calotype does not run (yet)."""
+
+
+class NotAModel(LoadError):
+    """An adapter, ControlNet or other attachment given where a model is wanted."""
+
+
+class MissingPart(LoadError):
+    """A model without one of the parts that it needs."""
+
+
+def _listed(keys: Sequence[str]) -> str:
+    shown = ", ".join(repr(key) for key in keys[:5])
+    return shown if len(keys) <= 5 else f"{shown} and {len(keys) - 5} more"
+
+
+class MissingKeys(LoadError):
+    """A part without some of the tensors that its layout has."""
+
+    def __init__(self, source: str, layout: str, keys: Sequence[str]) -> None:
+        super().__init__(
+            f"{source}: {len(keys)} tensors of the layout {layout} are missing: {_listed(keys)}; "
+            f"the file is incomplete: fetch it again, or run `calotype info {source}` to see what it is"
+        )
+        self.keys = tuple(keys)
+
+
+class UnexpectedKeys(LoadError):
+    """A part with tensors that its layout does not have."""
+
+    def __init__(self, source: str, layout: str, keys: Sequence[str]) -> None:
+        super().__init__(
+            f"{source}: {len(keys)} tensors do not belong to the layout {layout}: {_listed(keys)}; "
+            f"run `calotype info {source}` to see what the file is"
+        )
+        self.keys = tuple(keys)
+
+
+class WrongShape(LoadError):
+    """A tensor whose shape its layout does not allow."""
+
+
+class GenerationError(CalotypeError):
+    """A job that started and could not be finished."""
+
+
+class NonFiniteImage(GenerationError):
+    """The network or the decoder returned NaN or infinity: never shown as a black picture."""
+
+
+class OutputError(CalotypeError, OSError):
+    """A result that could not be written where it was asked for."""
+
+
+class MetadataError(CalotypeError):
+    """A picture without readable Calotype metadata."""

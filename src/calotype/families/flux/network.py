@@ -1,0 +1,218 @@
+"""The FLUX.1 transformer (Black Forest Labs, 2024): joint blocks over text and image, then single blocks over both.
+
+Whatever does not depend on the noisy picture is computed once a job by `prepare`: the modulation of all blocks at all
+levels, the projected text, the rotations. `forward` is left with what changes from step to step.
+"""
+
+# b batch · t levels · n tokens · d width · h heads
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from calotype.families.flux.config import FluxConfig
+from calotype.nn.attention import attention
+from calotype.nn.embeddings import Embedder, sinusoid
+from calotype.nn.norms import RMSNorm, modulated
+from calotype.nn.rope import rope_table, rotate
+
+TIME_WIDTH = 256  # channels of the sinusoid of time and guidance
+TIME_SCALE = 1000.0  # both are fed times a thousand
+
+
+class Modulation(nn.Module):
+    """adaLN-zero for every block from one vector: rows of (shift, scale, gate), two such rows for a joint stream."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.joint_image = nn.ModuleList(nn.Linear(d, 6 * d) for _ in range(config.joint_blocks))
+        self.joint_text = nn.ModuleList(nn.Linear(d, 6 * d) for _ in range(config.joint_blocks))
+        self.single = nn.ModuleList(nn.Linear(d, 3 * d) for _ in range(config.single_blocks))
+        self.out = nn.Linear(d, 2 * d)
+
+    def forward(self, vector: Tensor) -> ModulationTable:
+        """(t b d) -> a table of t b 1 d rows."""
+        vector = F.silu(vector)
+
+        def rows(layer: nn.Module) -> tuple[Tensor, ...]:
+            return tuple(layer(vector).unsqueeze(-2).chunk(layer.out_features // vector.shape[-1], dim=-1))
+
+        return ModulationTable(
+            joint_image=tuple(map(rows, self.joint_image)),
+            joint_text=tuple(map(rows, self.joint_text)),
+            single=tuple(map(rows, self.single)),
+            out=rows(self.out),
+        )
+
+
+class ModulationTable(NamedTuple):
+    """Every block's modulation, t b 1 d each: six rows for a stream of a joint block, three for a single, two at the end."""
+
+    joint_image: tuple[tuple[Tensor, ...], ...]
+    joint_text: tuple[tuple[Tensor, ...], ...]
+    single: tuple[tuple[Tensor, ...], ...]
+    out: tuple[Tensor, ...]
+
+
+class Prepared(NamedTuple):
+    """All that one job's steps share."""
+
+    text: Tensor  # b n d, projected
+    rope: Tensor  # text and image tokens, (n, d/2h) complex
+    table: ModulationTable
+
+
+class Stream(nn.Module):
+    """One modality's half of a joint block."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads = config.heads
+        self.qkv = nn.Linear(d, 3 * d)
+        self.q_norm = RMSNorm(d // config.heads)
+        self.k_norm = RMSNorm(d // config.heads)
+        self.attention_out = nn.Linear(d, d)
+        self.mlp_in = nn.Linear(d, config.mlp_ratio * d)
+        self.mlp_out = nn.Linear(config.mlp_ratio * d, d)
+
+    def heads_of(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, b h n d/h."""
+        q, k, v = rearrange(
+            self.qkv(modulated(x, shift, scale)), "b n (three h d) -> three b h n d", three=3, h=self.heads
+        )
+        return self.q_norm(q), self.k_norm(k), v
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
+
+
+class JointBlock(nn.Module):
+    """Text and image keep their own weights and meet in one attention."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.image = Stream(config)
+        self.text = Stream(config)
+
+    def forward(
+        self, image: Tensor, text: Tensor, rope: Tensor, image_rows: tuple[Tensor, ...], text_rows: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = image_rows
+        text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text_rows
+        heads = zip(self.text.heads_of(text, text_shift1, text_scale1), self.image.heads_of(image, shift1, scale1))
+        q, k, v = (torch.cat(pair, dim=2) for pair in heads)
+        mixed = attention(rotate(q, rope), rotate(k, rope), v)
+        from_text, from_image = mixed.split([text.shape[1], image.shape[1]], dim=1)
+
+        image = torch.addcmul(image, gate1, self.image.attention_out(from_image))
+        image = torch.addcmul(image, gate2, self.image.mlp(modulated(image, shift2, scale2)))
+        text = torch.addcmul(text, text_gate1, self.text.attention_out(from_text))
+        text = torch.addcmul(text, text_gate2, self.text.mlp(modulated(text, text_shift2, text_scale2)))
+        return image, text
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP side by side over text and image as one sequence (after Dehghani et al. 2023)."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.heads = config.heads
+        self.widths = (3 * d, config.mlp_ratio * d)
+        self.inward = nn.Linear(d, sum(self.widths))
+        self.outward = nn.Linear(d + config.mlp_ratio * d, d)
+        self.q_norm = RMSNorm(d // config.heads)
+        self.k_norm = RMSNorm(d // config.heads)
+
+    def forward(self, x: Tensor, rope: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
+        shift, scale, gate = rows
+        qkv, hidden = self.inward(modulated(x, shift, scale)).split(self.widths, dim=-1)
+        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        mixed = attention(rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), v)
+        return torch.addcmul(x, gate, self.outward(torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)))
+
+
+class FluxNetwork(nn.Module):
+    """Noisy image tokens -> velocity (noise - clean) tokens."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.width
+        self.image_in = nn.Linear(config.image_width, d)
+        self.text_in = nn.Linear(config.text_width, d)
+        self.time_in = Embedder(TIME_WIDTH, d)
+        self.pooled_in = Embedder(config.pooled_width, d)
+        self.guidance_in = Embedder(TIME_WIDTH, d) if config.guidance_input else None
+        self.modulation = Modulation(config)
+        self.joint = nn.ModuleList(JointBlock(config) for _ in range(config.joint_blocks))
+        self.single = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
+        self.out = nn.Linear(d, config.image_width_out)
+
+    def prepare(
+        self, text: Tensor, pooled: Tensor, guidance: float | None, times: Tensor, rows: int, columns: int
+    ) -> Prepared:
+        """What the steps of one job share.
+
+        text (b n text_width), pooled (b pooled_width), times (t) in 0..1 for every level that will be asked for (or
+        (t b): a time of its own for each picture, as in training), rows and columns of image tokens.
+        `guidance` is given exactly where the network has that input.
+        """
+        dtype = self.text_in.weight.dtype
+        if times.ndim == 1:
+            times = times[:, None]
+        vector = self.time_in(sinusoid(times * TIME_SCALE, TIME_WIDTH).to(dtype))
+        if self.guidance_in is not None:
+            assert guidance is not None
+            scaled = torch.tensor(guidance * TIME_SCALE, device=text.device)
+            vector = vector + self.guidance_in(sinusoid(scaled, TIME_WIDTH).to(dtype))
+        vector = vector + self.pooled_in(pooled.to(dtype))  # t b d
+        return Prepared(
+            text=self.text_in(text.to(dtype)),
+            rope=rope_table(
+                positions(text.shape[1], rows, columns, text.device), self.config.axes, self.config.theta
+            ),
+            table=self.modulation(vector),
+        )
+
+    def forward(self, image: Tensor, prepared: Prepared, level: int) -> Tensor:
+        """image (b n image_width) at the prepared level number `level` -> velocity (b n image_width_out)."""
+        table = prepared.table
+
+        def at(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(row[level] for row in rows)
+
+        image = self.image_in(image.to(self.image_in.weight.dtype))
+        text = prepared.text
+        for block, image_rows, text_rows in zip(self.joint, table.joint_image, table.joint_text, strict=True):
+            image, text = block(image, text, prepared.rope, at(image_rows), at(text_rows))
+        x = torch.cat([text, image], dim=1)
+        for block, rows in zip(self.single, table.single, strict=True):
+            x = block(x, prepared.rope, at(rows))
+        shift, scale = at(table.out)
+        return self.out(modulated(x[:, text.shape[1] :], shift, scale))
+
+
+def positions(text: int, rows: int, columns: int, device: torch.device | None = None) -> Tensor:
+    """(text + rows * columns, 3): text tokens at the origin, image tokens at (0, row, column)."""
+    grid = torch.zeros(rows, columns, 3, device=device)
+    grid[..., 1] = torch.arange(rows, device=device)[:, None]
+    grid[..., 2] = torch.arange(columns, device=device)
+    return torch.cat([torch.zeros(text, 3, device=device), grid.flatten(0, 1)])
+
+
+def to_tokens(latent: Tensor) -> Tensor:
+    """2x2 patches: (b c 2h 2w) -> (b h*w 4c)."""
+    return rearrange(latent, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+
+
+def to_latent(tokens: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `to_tokens`."""
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=2, q=2)

@@ -1,0 +1,102 @@
+"""The tiny autoencoder (TAESD, Ollin Boer Bohan 2023): plain residual convolutions, no norms, no attention.
+
+For previews, for fast decoding, and as the built-in model's own autoencoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyAutoencoderConfig:
+    """One width throughout; `encoder_blocks` and `decoder_blocks` count the residual blocks of each level.
+
+    latent = (z - shift) * scale as for the large autoencoder. TAESD itself: width 64, (1, 3, 3, 3) and (3, 3, 3, 1).
+    """
+
+    latent_channels: int
+    width: int
+    encoder_blocks: tuple[int, ...]
+    decoder_blocks: tuple[int, ...]
+    scale: float
+    shift: float
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv3 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv2(F.relu(self.conv1(x))))
+        return F.relu(self.conv3(y) + x)
+
+
+class Encoder(nn.Module):
+    """b 3 h w in 0..1 -> b z h/8 w/8."""
+
+    def __init__(self, config: TinyAutoencoderConfig) -> None:
+        super().__init__()
+        width = config.width
+        layers: list[nn.Module] = []
+        for level, blocks in enumerate(config.encoder_blocks):
+            layers.append(
+                nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)
+                if level
+                else nn.Conv2d(3, width, 3, padding=1)
+            )
+            layers.extend(Block(width) for _ in range(blocks))
+        layers.append(nn.Conv2d(width, config.latent_channels, 3, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Decoder(nn.Module):
+    """b z h/8 w/8 -> b 3 h w in about 0..1."""
+
+    def __init__(self, config: TinyAutoencoderConfig) -> None:
+        super().__init__()
+        width = config.width
+        layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, width, 3, padding=1), nn.ReLU()]
+        for level, blocks in enumerate(config.decoder_blocks):
+            last = level == len(config.decoder_blocks) - 1
+            layers.extend(Block(width) for _ in range(blocks))
+            if not last:
+                layers.append(nn.Upsample(scale_factor=2))
+            layers.append(nn.Conv2d(width, 3 if last else width, 3, padding=1, bias=last))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        # Outliers are squashed softly: latents reach about +-3.
+        return self.layers(torch.tanh(z / 3) * 3)
+
+
+class TinyAutoencoder(nn.Module):
+    """Encoder and decoder between pictures (b 3 h w, 0..1) and scaled latents (b z h/8 w/8)."""
+
+    def __init__(self, config: TinyAutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def encode(self, picture: Tensor) -> Tensor:
+        """Scaled latents; float32."""
+        dtype = next(self.encoder.parameters()).dtype
+        z: Tensor = self.encoder(picture.to(dtype))
+        return (z.float() - self.config.shift) * self.config.scale
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """The picture of a scaled latent; float32, not clipped."""
+        dtype = next(self.decoder.parameters()).dtype
+        picture: Tensor = self.decoder((latent / self.config.scale + self.config.shift).to(dtype))
+        return picture.float()

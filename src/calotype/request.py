@@ -1,0 +1,223 @@
+"""What a picture is asked for with: one frozen type for every door (Python, command line, HTTP, batch file).
+
+A `Request` holds what the user said; None means the family's default. `Request.complete` fills the gaps from a
+family's `Defaults` and returns a `Job`, in which every value is settled. Both check themselves once, when built.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from calotype.errors import RequestError
+
+MAX_PROMPT = 20_000
+MAX_SIDE = 16_384
+MAX_STEPS = 1_000
+MAX_COUNT = 1_000
+MAX_SEED = 2**63 - 1 - MAX_COUNT
+
+
+@dataclass(frozen=True)
+class Size:
+    """A picture's size in pixels."""
+
+    width: int
+    height: int
+
+    def nearest(self, grain: int) -> Size:
+        """The closest size whose sides are multiples of `grain` (at least one grain each)."""
+        width, height = (max(grain, int(side / grain + 0.5) * grain) for side in (self.width, self.height))
+        return Size(width, height)
+
+    def tokens(self, grain: int) -> int:
+        """How many square tokens of `grain` pixels a side cover the picture."""
+        return (self.width // grain) * (self.height // grain)
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}"
+
+
+def _whole(field: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(field, value, f"a whole number from {low:,} to {high:,}")
+
+
+def _real(field: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise RequestError(field, value, f"a finite number from {low:g} to {high:g}")
+
+
+def _text(field: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise RequestError(field, value, "text")
+    if len(value) > MAX_PROMPT:
+        raise RequestError(field, value, f"at most {MAX_PROMPT:,} characters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """What a family does where a request is silent.
+
+    `grain` is the number of pixels that both sides must be a multiple of; `samplers` and `schedules` are the names
+    that the family's process allows.
+    """
+
+    width: int
+    height: int
+    grain: int
+    steps: int
+    cfg_scale: float
+    embedded_guidance: float | None
+    sampler: str
+    schedule: str
+    shift: float | None
+    text_tokens: int
+    samplers: tuple[str, ...]
+    schedules: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A request with every gap filled: what one run of the engine needs to know.
+
+    `embedded_guidance` stays None for a model without that input; `shift` stays None where the schedule derives it
+    from the size (FLUX.1 dev) or has none.
+    """
+
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    steps: int
+    cfg_scale: float
+    cfg_rescale: float
+    embedded_guidance: float | None
+    seed: int
+    count: int
+    sampler: str
+    schedule: str
+    shift: float | None
+    text_tokens: int
+
+    @property
+    def size(self) -> Size:
+        return Size(self.width, self.height)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user asked for. None means the family's default; a bad value raises RequestError at once.
+
+    prompt             what to draw
+    negative_prompt    what to steer away from; used where cfg_scale is not 1
+    width, height      pixels, multiples of the family's grain
+    steps              sampling steps
+    cfg_scale          classifier-free guidance, two passes (Ho and Salimans 2022); 1 skips the negative pass
+    cfg_rescale        0..1: how far the guided estimate is pulled back to the positive one's spread (Lin et al. 2023)
+    embedded_guidance  the distilled guidance input of FLUX.1 dev (3.5); refused by models without that input
+    seed               picture k of the request is drawn from seed + k; None draws a seed at random
+    count              how many pictures
+    sampler, schedule  names, as `calotype models` lists them
+    shift              how far a flow schedule leans to the noisy side; None follows the family
+    text_tokens        length of the T5 sequence
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None
+    cfg_rescale: float = 0.0
+    embedded_guidance: float | None = None
+    seed: int | None = None
+    count: int = 1
+    sampler: str | None = None
+    schedule: str | None = None
+    shift: float | None = None
+    text_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        _text("prompt", self.prompt)
+        _text("negative_prompt", self.negative_prompt)
+        _whole("count", self.count, 1, MAX_COUNT)
+        _real("cfg_rescale", self.cfg_rescale, 0, 1)
+        for field, low, high in (
+            ("width", 1, MAX_SIDE),
+            ("height", 1, MAX_SIDE),
+            ("steps", 1, MAX_STEPS),
+            ("seed", 0, MAX_SEED),
+            ("text_tokens", 1, 4096),
+        ):
+            value = getattr(self, field)
+            if value is not None:
+                _whole(field, value, low, high)
+        for field, low, high in (
+            ("cfg_scale", 0, 100),
+            ("embedded_guidance", 0, 100),
+            ("shift", 0.01, 100),
+        ):
+            value = getattr(self, field)
+            if value is not None:
+                _real(field, value, low, high)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Request:
+        """A request from plain values (a batch line, PNG metadata, an HTTP body); unknown names raise RequestError."""
+        known = {field.name for field in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise RequestError(name, values[name], "one of the fields " + ", ".join(sorted(known)))
+        if "prompt" not in values:
+            raise RequestError("prompt", None, "text")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without the fields left to the family."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def complete(self, defaults: Defaults, seed: int) -> Job:
+        """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
+
+        Raises RequestError for sizes off the grid, samplers or schedules that the family's process does not have, and
+        an embedded guidance for a model without that input.
+        """
+        width = defaults.width if self.width is None else self.width
+        height = defaults.height if self.height is None else self.height
+        nearest = Size(width, height).nearest(defaults.grain)
+        for field, value, near in (("width", width, nearest.width), ("height", height, nearest.height)):
+            if value != near:
+                raise RequestError(
+                    field, value, f"multiples of {defaults.grain}; the nearest valid size is {nearest}"
+                )
+        sampler = self.sampler or defaults.sampler
+        if sampler not in defaults.samplers:
+            raise RequestError("sampler", sampler, "one of " + ", ".join(defaults.samplers))
+        schedule = self.schedule or defaults.schedule
+        if schedule not in defaults.schedules:
+            raise RequestError("schedule", schedule, "one of " + ", ".join(defaults.schedules))
+        if self.embedded_guidance is not None and defaults.embedded_guidance is None:
+            raise RequestError(
+                "embedded_guidance", self.embedded_guidance, "None: this model has no guidance input; use cfg_scale"
+            )
+        return Job(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            width=width,
+            height=height,
+            steps=defaults.steps if self.steps is None else self.steps,
+            cfg_scale=float(defaults.cfg_scale if self.cfg_scale is None else self.cfg_scale),
+            cfg_rescale=float(self.cfg_rescale),
+            embedded_guidance=(
+                defaults.embedded_guidance if self.embedded_guidance is None else float(self.embedded_guidance)
+            ),
+            seed=seed if self.seed is None else self.seed,
+            count=self.count,
+            sampler=sampler,
+            schedule=schedule,
+            shift=defaults.shift if self.shift is None else float(self.shift),
+            text_tokens=defaults.text_tokens if self.text_tokens is None else self.text_tokens,
+        )

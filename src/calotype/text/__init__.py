@@ -1,0 +1,1 @@
+"""Text encoders and tokenizers: from a prompt to tensors."""
