@@ -96,7 +96,7 @@ def build(path: Path, objects: tuple[Object, ...], data: Path, size: int) -> Non
 
 
 def cut_out(picture: Image.Image, size: int) -> Array:
-    """Crop to what is visible, scale so that the longer side is `size`, centre; premultiplied h w 4 in 0..1."""
+    """Crop to the visible, scale the longer side to `size`, centre; premultiplied h w 4 in 0..1."""
     rgba = np.asarray(picture.convert("RGBA"), np.float32) / 255
     rgba[..., :3] *= rgba[..., 3:]
     rows, columns = np.nonzero(rgba[..., 3] > 0.02)

@@ -1,4 +1,4 @@
-"""The objects the model learns and the words for them, read from `objects.txt` (which explains its columns)."""
+"""The objects the model learns and the words for them, from `objects.txt` (which explains its columns)."""
 
 from __future__ import annotations
 

@@ -353,7 +353,7 @@ OPENINGS = (
 ENDINGS = ("high quality", "detailed", "4k", "best quality", "clean", "simple", "masterpiece")
 IDLE = (
     "nice", "beautiful", "cute", "lovely", "pretty", "awesome", "perfect", "amazing", "great", "good",
-    "fancy", "wonderful", "famous", "typical", "ordinary", "magical", "gorgeous", "elegant", "charming", "new",
+    "fancy", "wonderful", "famous", "typical", "ordinary", "magical", "gorgeous", "elegant", "charming",
 )  # fmt: skip
 
 
