@@ -64,7 +64,7 @@ class Prepared(NamedTuple):
     """All that one job's steps share."""
 
     text: Tensor  # b n d, projected
-    rope: Tensor  # text and image tokens, (n, d/2h) complex
+    rope: Tensor  # rotations of text and image tokens, 2 n d/2h
     table: ModulationTable
 
 

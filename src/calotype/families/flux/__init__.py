@@ -1,0 +1,154 @@
+"""FLUX.1: a flow transformer led by T5 and CLIP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from calotype.families.flux.conditioning import FluxConditioning, encode, joined
+from calotype.families.flux.config import FlowSettings
+from calotype.families.flux.network import FluxNetwork, to_latent, to_tokens
+from calotype.families.model import FamilyModel
+from calotype.nn.autoencoder import Autoencoder, preview_projection
+from calotype.nn.tiny_autoencoder import TinyAutoencoder
+from calotype.request import Defaults, Job
+from calotype.sampling.levels import FLOW_SCHEDULES, Level, Levels
+from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
+from calotype.text.clip import ClipEncoder
+from calotype.text.t5 import T5Encoder
+from calotype.text.tokenizers import PromptTokenizer
+
+LATENT_GRAIN = 8  # pixels a side of one latent
+TOKEN_GRAIN = 16  # pixels a side of one image token
+
+
+class FluxModel(FamilyModel[FluxConditioning]):
+    """FLUX.1 dev, schnell, their fine-tunes, and small models of the same architecture."""
+
+    family = "flux"
+
+    def __init__(
+        self,
+        *,
+        transformer: FluxNetwork,
+        clip: ClipEncoder,
+        t5: T5Encoder,
+        vae: Autoencoder | TinyAutoencoder,
+        clip_tokenizer: PromptTokenizer,
+        t5_tokenizer: PromptTokenizer,
+        sampling: FlowSettings,
+        defaults: Defaults,
+        variant: str,
+        source: str,
+        device: torch.device,
+    ) -> None:
+        self.transformer = transformer
+        self.clip = clip
+        self.t5 = t5
+        self.vae: Autoencoder | TinyAutoencoder = vae
+        self.clip_tokenizer = clip_tokenizer
+        self.t5_tokenizer = t5_tokenizer
+        self.sampling = sampling
+        self.defaults = defaults
+        self.variant = variant
+        self.source = source
+        self.device = device
+        self.encoders = (clip, t5)
+        self.backbone = transformer
+
+    def condition(self, prompt: str, job: Job) -> FluxConditioning:
+        return encode(
+            prompt,
+            t5=self.t5,
+            t5_tokenizer=self.t5_tokenizer,
+            clip=self.clip,
+            clip_tokenizer=self.clip_tokenizer,
+            text_tokens=job.text_tokens,
+        )
+
+    def pair(self, positive: FluxConditioning, negative: FluxConditioning) -> FluxConditioning:
+        return joined(positive, negative)
+
+    def levels(self, job: Job) -> Levels:
+        return FLOW_SCHEDULES[job.schedule](job.steps, self.shift(job))
+
+    def shift(self, job: Job) -> float:
+        """The job's own shift, or the checkpoint's: fixed, or growing with the number of image tokens."""
+        if job.shift is not None:
+            return job.shift
+        settings = self.sampling
+        if not settings.dynamic:
+            return settings.shift
+        tokens = job.size.tokens(TOKEN_GRAIN)
+        slope = (settings.max_shift - settings.base_shift) / (settings.max_tokens - settings.base_tokens)
+        return math.exp(settings.base_shift + slope * (tokens - settings.base_tokens))
+
+    def noise_shape(self, job: Job) -> tuple[int, ...]:
+        channels = self.vae.config.latent_channels
+        return channels, job.height // LATENT_GRAIN, job.width // LATENT_GRAIN
+
+    def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
+        return levels.path[0].sigma * noise()
+
+    def denoiser(self, conditioning: FluxConditioning, levels: Sequence[Level], job: Job) -> Denoise:
+        network = self.transformer
+        number = {level.time: i for i, level in enumerate(levels)}
+        rows, columns = job.height // TOKEN_GRAIN, job.width // TOKEN_GRAIN
+        prepared = network.prepare(
+            conditioning.text,
+            conditioning.pooled,
+            job.embedded_guidance if network.config.guidance_input else None,
+            torch.tensor(list(number), device=self.device),
+            rows,
+            columns,
+        )
+
+        def denoise(x: Tensor, level: Level) -> Tensor:
+            tokens = network(to_tokens(x), prepared, number[level.time])
+            velocity = to_latent(tokens.float(), rows, columns)
+            # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
+            return x - level.sigma * velocity
+
+        return denoise
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.vae.decode(latent)
+
+    def preview(self, latent: Tensor) -> Tensor:
+        if isinstance(self.vae, TinyAutoencoder):
+            return self.vae.decode(latent)
+        projection = self._preview_projection.to(latent.device)
+        colour = rearrange(latent, "b z h w -> b h w z") @ projection[:-1] + projection[-1]
+        return rearrange(colour, "b h w c -> b c h w")
+
+    @cached_property
+    def _preview_projection(self) -> Tensor:
+        assert isinstance(self.vae, Autoencoder)
+        return preview_projection(self.vae)
+
+
+def defaults(*, steps: int, embedded_guidance: float | None, text_tokens: int, size: int = 1024) -> Defaults:
+    """FLUX's defaults, as far as variants share them."""
+    return Defaults(
+        width=size,
+        height=size,
+        grain=TOKEN_GRAIN,
+        steps=steps,
+        cfg_scale=1.0,
+        embedded_guidance=embedded_guidance,
+        sampler="euler",
+        schedule="linear",
+        shift=None,
+        text_tokens=text_tokens,
+        samplers=tuple(SAMPLERS),
+        schedules=tuple(FLOW_SCHEDULES),
+    )
+
+
+DEV_DEFAULTS = defaults(steps=28, embedded_guidance=3.5, text_tokens=512)
+SCHNELL_DEFAULTS = defaults(steps=4, embedded_guidance=None, text_tokens=256)

@@ -1,0 +1,64 @@
+"""What every family's model can do; `generate.py` needs no more than this."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from calotype.request import Defaults, Job
+from calotype.sampling.levels import Level, Levels
+from calotype.sampling.samplers import Denoise, Noise
+
+C = TypeVar("C")
+
+
+class FamilyModel(ABC, Generic[C]):
+    """A family's networks, ready to run. `C` is the family's conditioning: a typed tuple of tensors."""
+
+    family: str  # as in data: flux, sd1, ...
+    variant: str  # dev, schnell, ...
+    source: str  # where it was loaded from, for metadata
+    defaults: Defaults
+    device: torch.device  # where the networks compute
+    encoders: tuple[nn.Module, ...]
+    backbone: nn.Module
+    vae: nn.Module
+
+    @abstractmethod
+    def condition(self, prompt: str, job: Job) -> C:
+        """What the backbone takes from a prompt, for one picture."""
+
+    @abstractmethod
+    def pair(self, positive: C, negative: C) -> C:
+        """Both as one batch, for guidance in a single pass."""
+
+    @abstractmethod
+    def levels(self, job: Job) -> Levels:
+        """The noise levels that the job's schedule visits."""
+
+    @abstractmethod
+    def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
+        """The latents that sampling begins with, float32."""
+
+    @abstractmethod
+    def noise_shape(self, job: Job) -> tuple[int, ...]:
+        """The shape of one picture's latents, without the batch."""
+
+    @abstractmethod
+    def denoiser(self, conditioning: C, levels: Sequence[Level], job: Job) -> Denoise:
+        """The estimate of clean latents, with all that does not depend on the noisy ones computed here, once.
+
+        `levels` are all those that will be asked for.
+        """
+
+    @abstractmethod
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latents -> pictures b 3 h w, float32, about 0..1."""
+
+    @abstractmethod
+    def preview(self, latent: Tensor) -> Tensor:
+        """A cheap, small impression of `decode`, b 3 h w."""
