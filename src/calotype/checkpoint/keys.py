@@ -1,0 +1,278 @@
+"""Key maps as tables: patterned, invertible, strict.
+
+A table says how *their* tensors (a file's) become *ours* (a network's state dict), and back. Patterns name indices:
+
+    Same("double_blocks.{i}.img_mlp.0.*", "joint.{i}.image.mlp_in.*")
+
+`{i}` in ours is any number, and may be shifted or reversed in theirs (`{i+1}`, `{last-i}` with last given to the
+table); `*` is the parameter's own name, weight or bias. What a table lists must be there, what it does not list must
+not, and saving what was loaded gives the same tensors, bit for bit.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calotype.checkpoint.files import Shape, Weights
+from calotype.errors import MissingKeys, UnexpectedKeys, WrongShape
+
+
+class Span(NamedTuple):
+    """`count` rows at `theirs` in one of their tensors lie at `ours` in ours."""
+
+    theirs: int
+    ours: int
+    count: int
+
+
+class Source(NamedTuple):
+    """One of their tensors, and where its rows go."""
+
+    key: str
+    shape: Shape
+    spans: tuple[Span, ...]
+
+
+class Bound(NamedTuple):
+    """One of our tensors and all that it is made of."""
+
+    ours: str
+    shape: Shape
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class Rule(ABC):
+    """How one of ours is made of theirs. `_sources` gives their shapes and spans, in the order of `theirs`."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[tuple[str, ...], str]:
+        """Patterns of theirs, and of ours."""
+
+    @abstractmethod
+    def sources(self, shape: Shape) -> tuple[tuple[Shape, tuple[Span, ...]], ...]:
+        """Shapes and spans of theirs for one of ours of this shape."""
+
+
+@dataclass(frozen=True)
+class Same(Rule):
+    """The same tensor under another name."""
+
+    theirs: str
+    ours: str
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], str]:
+        return (self.theirs,), self.ours
+
+    def sources(self, shape: Shape) -> tuple[tuple[Shape, tuple[Span, ...]], ...]:
+        return ((shape, (_whole(shape),)),)
+
+
+@dataclass(frozen=True)
+class Pointwise(Same):
+    """Theirs is a convolution of size 1, ours the linear layer that it is: weights differ by two trailing axes."""
+
+    def sources(self, shape: Shape) -> tuple[tuple[Shape, tuple[Span, ...]], ...]:
+        return (((*shape, 1, 1) if len(shape) == 2 else shape, (_whole(shape),)),)
+
+
+@dataclass(frozen=True)
+class Swapped(Same):
+    """Theirs has the two halves of ours in the other order."""
+
+    def sources(self, shape: Shape) -> tuple[tuple[Shape, tuple[Span, ...]], ...]:
+        half = shape[0] // 2
+        return ((shape, (Span(0, half, half), Span(half, 0, half))),)
+
+
+@dataclass(frozen=True)
+class Stacked(Rule):
+    """Ours is several of theirs on top of one another, `rows` of each."""
+
+    theirs: tuple[str, ...]
+    ours: str
+    rows: tuple[int, ...]
+
+    @property
+    def names(self) -> tuple[tuple[str, ...], str]:
+        return self.theirs, self.ours
+
+    def sources(self, shape: Shape) -> tuple[tuple[Shape, tuple[Span, ...]], ...]:
+        starts = [sum(self.rows[:k]) for k in range(len(self.rows))]
+        return tuple(
+            ((rows, *shape[1:]), (Span(0, start, rows),)) for start, rows in zip(starts, self.rows, strict=True)
+        )
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Tensors that files may also have, and that nothing here needs; `*` is any text.
+
+    `shape` is that of the known files, for manifests; `dtype` goes with it.
+    """
+
+    theirs: str
+    shape: Shape | None = None
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A second name of a listed tensor: used where the first is absent, a harmless copy where it is present."""
+
+    other: str
+    theirs: str
+
+
+def _whole(shape: Shape) -> Span:
+    return Span(0, 0, shape[0] if shape else 1)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The layout of one part for one configuration.
+
+    `name` is for messages: flux/original. `numbers` are the constants that patterns mention.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+    extras: tuple[Extra, ...] = ()
+    aliases: tuple[Alias, ...] = ()
+    numbers: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def bind(self, ours: Mapping[str, Shape]) -> Binding:
+        """The table applied to a network's own keys and shapes, each of which exactly one rule must cover."""
+        patterns = [(_pattern(rule.names[1]), rule) for rule in self.rules]
+        bound: list[Bound] = []
+        for key, shape in ours.items():
+            found = [(match, rule) for pattern, rule in patterns if (match := pattern.fullmatch(key))]
+            assert len(found) == 1, f"{self.name}: {len(found)} rules for {key}"
+            match, rule = found[0]
+            sources = tuple(
+                Source(_filled(name, match.groupdict(), self.numbers), shape_of_theirs, spans)
+                for name, (shape_of_theirs, spans) in zip(rule.names[0], rule.sources(shape), strict=True)
+            )
+            bound.append(Bound(key, shape, sources))
+        return Binding(self, tuple(bound))
+
+
+class Binding:
+    """A table bound to one network: what files must hold, and how to read and write them."""
+
+    def __init__(self, table: Table, bound: tuple[Bound, ...]) -> None:
+        self.table = table
+        self.bound = bound
+        self.shapes: dict[str, Shape] = {source.key: source.shape for item in bound for source in item.sources}
+
+    def manifest(self, extras: Sequence[str] = ()) -> list[tuple[str, Shape]]:
+        """Their keys and shapes; `extras` names those of the optional tensors that a known file has."""
+        optional = {extra.theirs: extra.shape for extra in self.table.extras if extra.shape is not None}
+        optional |= {alias.other: self.shapes.get(alias.theirs) for alias in self.table.aliases}
+        listed = list(self.shapes.items())
+        for name in extras:
+            shape = optional[name]
+            assert shape is not None
+            listed.append((name, shape))
+        return listed
+
+    def resolve(self, weights: Weights) -> dict[str, str]:
+        """Which key of the file each of the layout's tensors has.
+
+        Raises MissingKeys, UnexpectedKeys or WrongShape, naming what is wrong.
+        """
+        other = {key: key for key in self.shapes}
+        spare = set(weights) - set(self.shapes)
+        for alias in self.table.aliases:
+            pattern = _pattern(alias.other)
+            for key in sorted(spare):
+                if match := pattern.fullmatch(key):
+                    spare.discard(key)
+                    target = _filled(alias.theirs, match.groupdict(), self.table.numbers)
+                    if target not in weights:
+                        other[target] = key
+        for extra in self.table.extras:
+            pattern = re.compile(re.escape(extra.theirs).replace(r"\*", ".*"))
+            spare -= {key for key in spare if pattern.fullmatch(key)}
+        missing = [key for key, found in other.items() if found not in weights]
+        if missing:
+            raise MissingKeys(weights.source, self.table.name, missing)
+        if spare:
+            raise UnexpectedKeys(weights.source, self.table.name, sorted(spare))
+        for key, shape in self.shapes.items():
+            if weights[other[key]].shape != shape:
+                raise WrongShape(
+                    f"{weights.source}: {other[key]!r} is {weights[other[key]].shape}, but the layout "
+                    f"{self.table.name} has {shape} there; the file is not of one model, or not of this family"
+                )
+        return other
+
+    def load(self, weights: Weights, dtype: torch.dtype | None = None, *, mapped: bool = True) -> dict[str, Tensor]:
+        """Our state dict from their files.
+
+        Tensors that are stored as we need them are views of the file (`mapped`) or are read once; those made of
+        several pieces are read piece by piece into their place. `dtype` None keeps what is stored.
+        """
+        names = self.resolve(weights)
+        state: dict[str, Tensor] = {}
+        for item in self.bound:
+            stored = {weights[names[source.key]].dtype for source in item.sources}
+            assert dtype is not None or len(stored) == 1
+            target = dtype or next(iter(stored))
+            first = item.sources[0]
+            if mapped and stored == {target} and first.spans == (_whole(item.shape),):
+                state[item.ours] = weights.mapped(names[first.key]).view(item.shape)
+                continue
+            out = torch.empty(item.shape, dtype=target)
+            for source in item.sources:
+                for span in source.spans:
+                    place = out[span.ours : span.ours + span.count] if item.shape else out
+                    weights.read(names[source.key], place, row=span.theirs)
+            state[item.ours] = out
+        return state
+
+    def save(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Their tensors from our state dict, one at a time: the inverse of `load`."""
+        for item in self.bound:
+            value = state[item.ours]
+            for source in item.sources:
+                spans = sorted(source.spans)
+                pieces = [value[span.ours : span.ours + span.count] for span in spans] if item.shape else [value]
+                whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                yield source.key, whole.reshape(source.shape)
+
+
+PLACEHOLDER = re.compile(r"\{([^}]*)\}|\*")
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """A name of a rule as a regular expression: `{i}` is a number, `*` the last component."""
+    out, end = "", 0
+    for match in PLACEHOLDER.finditer(name):
+        out += re.escape(name[end : match.start()])
+        out += f"(?P<{match[1]}>0|[1-9][0-9]*)" if match[1] else r"(?P<leaf>weight|bias)"
+        end = match.end()
+    return re.compile(out + re.escape(name[end:]))
+
+
+def _filled(name: str, found: Mapping[str, str], numbers: Mapping[str, int]) -> str:
+    """A name with its placeholders replaced: sums and differences of what was found and of constants."""
+
+    def value(match: re.Match[str]) -> str:
+        if not match[1]:
+            return found["leaf"]
+        total = 0
+        for sign, term in re.findall(r"([+-]?)(\w+)", match[1]):
+            number = int(term) if term.isdigit() else int(found[term]) if term in found else numbers[term]
+            total += -number if sign == "-" else number
+        return str(total)
+
+    return PLACEHOLDER.sub(value, name)

@@ -1,0 +1,143 @@
+"""Parts of models, the layouts that they are written in, and the evidence by which a file is recognised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from calotype.checkpoint.files import Shape, Weights
+from calotype.checkpoint.keys import Binding, Table
+from calotype.errors import DamagedFile, MissingKeys, UnsupportedModel
+
+K = TypeVar("K")
+Settings = Mapping[str, Any]  # a part's config.json, or what a single file's header says of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signature:
+    """Evidence that a person can check: keys that are there, shapes that they have (None: any size), keys that are not."""
+
+    has: tuple[str, ...]
+    shapes: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
+    lacks: tuple[str, ...] = ()
+
+    def objection(self, shapes: Mapping[str, Shape], prefix: str = "") -> str | None:
+        """Why these keys are not what the signature describes; None where they are."""
+        for key in self.has:
+            if prefix + key not in shapes:
+                return f"{key} is missing"
+        for key in self.lacks:
+            if prefix + key in shapes:
+                return f"{key} is present"
+        for key, wanted in self.shapes:
+            shape = shapes.get(prefix + key)
+            if shape is None:
+                return f"{key} is missing"
+            if len(shape) != len(wanted) or any(w not in (None, s) for s, w in zip(shape, wanted, strict=True)):
+                shown = "(" + ", ".join("any" if side is None else str(side) for side in wanted) + ")"
+                return f"{key} is {shape}, not {shown}"
+        return None
+
+    def prefixes(self, shapes: Mapping[str, Shape]) -> list[str]:
+        """What stands before the first key of the signature, wherever all of it holds."""
+        marker = self.has[0]
+        found = [key[: -len(marker)] for key in shapes if key == marker or key.endswith("." + marker)]
+        return [prefix for prefix in found if self.objection(shapes, prefix) is None]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a configuration is inferred from: shapes, settings where there are some, and names for messages."""
+
+    weights: Weights
+    settings: Settings
+    layout: str
+
+    def size(self, key: str, axis: int = 0) -> int:
+        """A side of a tensor; MissingKeys if it is not there."""
+        entry = self.weights.get(key)
+        if entry is None:
+            raise MissingKeys(self.weights.source, self.layout, [key])
+        if len(entry.shape) <= axis:
+            raise DamagedFile(f"{self.weights.source}: {key!r} is {entry.shape}, which is no shape for {self.layout}")
+        return entry.shape[axis]
+
+    def count(self, name: str) -> int:
+        """How many numbers `{i}` of a name like "double_blocks.{i}." are in use: one more than the largest."""
+        pattern = re.compile(re.escape(name).replace(r"\{i\}", r"(\d{1,6})"))
+        found = {int(match[1]) for key in self.weights if (match := pattern.match(key))}
+        count = max(found, default=-1) + 1
+        if count > 2 * len(found):
+            raise DamagedFile(f"{self.weights.source}: {name} is numbered up to {count - 1}, with only {len(found)} there")
+        return count
+
+    def refuse(self, what: str) -> UnsupportedModel:
+        """The error for a setting that the networks here do not have."""
+        return UnsupportedModel(f"{self.weights.source}: {what} is not supported ({self.layout})")
+
+    def require(self, **wanted: object) -> None:
+        """UnsupportedModel where a setting is given and is not the one value that the networks here implement."""
+        for name, value in wanted.items():
+            given = self.settings.get(name, value)
+            if given != value:
+                raise self.refuse(f"{name} = {given!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout(Generic[K]):
+    """One way to write a part: how it is recognised, which configuration it has, and its keys.
+
+    `settings` gives the config.json that goes with a configuration, for layouts that are folders.
+    """
+
+    name: str
+    signature: Signature
+    config: Callable[[Evidence], K]
+    table: Callable[[K], Table]
+    settings: Callable[[K], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part(Generic[K]):
+    """A network that models are made of. `name` is its role: transformer, clip, t5, vae."""
+
+    name: str
+    network: Callable[[K], nn.Module]
+    layouts: tuple[Layout[K], ...]
+
+    def layout(self, name: str) -> Layout[K] | None:
+        return next((layout for layout in self.layouts if layout.name == name), None)
+
+    def on_meta(self, config: K) -> nn.Module:
+        """The network without memory behind it."""
+        with torch.device("meta"):
+            return self.network(config)
+
+    def bind(self, layout: Layout[K], config: K) -> Binding:
+        """The layout's table for the network of a configuration."""
+        state = self.on_meta(config).state_dict()
+        return layout.table(config).bind({key: tuple(tensor.shape) for key, tensor in state.items()})
+
+
+@dataclass(frozen=True)
+class Found(Generic[K]):
+    """A part recognised in some files, its keys without the prefix that they have there."""
+
+    part: Part[K]
+    layout: Layout[K]
+    prefix: str
+    weights: Weights
+    settings: Settings = field(default_factory=dict[str, Any])
+
+    def config(self, defaults: Settings | None = None) -> K:
+        """The configuration that shapes and settings show; `defaults` are the family's own settings."""
+        return self.layout.config(Evidence(self.weights, {**(defaults or {}), **self.settings}, self.title))
+
+    @property
+    def title(self) -> str:
+        return f"{self.part.name}/{self.layout.name}"

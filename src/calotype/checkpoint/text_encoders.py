@@ -1,0 +1,182 @@
+"""Layouts of the text encoders, which families share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calotype.checkpoint.keys import Alias, Extra, Same, Table
+from calotype.checkpoint.layouts import Evidence, Layout, Part, Signature
+from calotype.text.clip import ClipConfig, ClipEncoder
+from calotype.text.t5 import T5Config, T5Encoder
+
+CLIP_RULES = {
+    "embeddings.token_embedding.*": "tokens.*",
+    "embeddings.position_embedding.*": "positions.*",
+    "encoder.layers.{i}.layer_norm1.*": "layers.{i}.attention_norm.*",
+    "encoder.layers.{i}.self_attn.q_proj.*": "layers.{i}.q.*",
+    "encoder.layers.{i}.self_attn.k_proj.*": "layers.{i}.k.*",
+    "encoder.layers.{i}.self_attn.v_proj.*": "layers.{i}.v.*",
+    "encoder.layers.{i}.self_attn.out_proj.*": "layers.{i}.attention_out.*",
+    "encoder.layers.{i}.layer_norm2.*": "layers.{i}.mlp_norm.*",
+    "encoder.layers.{i}.mlp.fc1.*": "layers.{i}.mlp_in.*",
+    "encoder.layers.{i}.mlp.fc2.*": "layers.{i}.mlp_out.*",
+    "final_layer_norm.*": "norm_out.*",
+}
+
+
+def clip_layout(name: str, prefix: str) -> Layout[ClipConfig]:
+    """transformers' CLIPTextModel, with or without the inner model's name in front of its keys."""
+
+    def config(evidence: Evidence) -> ClipConfig:
+        settings = evidence.settings
+        vocabulary = evidence.size(prefix + "embeddings.token_embedding.weight")
+        width = evidence.size(prefix + "embeddings.token_embedding.weight", 1)
+        activation = settings.get("hidden_act", "quick_gelu" if width == 768 else "gelu")
+        if activation not in ("quick_gelu", "gelu"):
+            raise evidence.refuse(f"hidden_act = {activation!r}")
+        evidence.require(layer_norm_eps=1e-5)
+        end = settings.get("eos_token_id", 2)
+        project = settings.get("project", False) and "text_projection.weight" in evidence.weights
+        return ClipConfig(
+            vocabulary=vocabulary,
+            width=width,
+            layers=evidence.count(prefix + "encoder.layers.{i}."),
+            heads=settings.get("num_attention_heads", max(width // 64, 1)),
+            mlp_width=evidence.size(prefix + "encoder.layers.0.mlp.fc1.weight"),
+            positions=evidence.size(prefix + "embeddings.position_embedding.weight"),
+            quick_gelu=activation == "quick_gelu",
+            projection=evidence.size("text_projection.weight") if project else None,
+            # Configurations of 2022 say 2 and mean the last id: transformers treats them so too.
+            end=vocabulary - 1 if end == 2 else end,
+        )
+
+    def table(config: ClipConfig) -> Table:
+        rules = [Same(prefix + theirs, ours) for theirs, ours in CLIP_RULES.items()]
+        extras = [
+            Extra(prefix + "embeddings.position_ids", (1, config.positions)),
+            Extra("logit_scale", ()),
+            Extra("vision_model.*"),
+            Extra("visual_projection.weight"),
+        ]
+        if config.projection:
+            rules.append(Same("text_projection.weight", "projection.weight"))
+        else:
+            extras.append(Extra("text_projection.weight", (config.width, config.width)))
+        return Table(f"clip/{name}", tuple(rules), tuple(extras))
+
+    return Layout(
+        name=name,
+        signature=Signature(
+            has=(prefix + "embeddings.token_embedding.weight", prefix + "encoder.layers.0.self_attn.q_proj.weight"),
+            lacks=() if prefix else ("text_model.embeddings.token_embedding.weight",),
+        ),
+        config=config,
+        table=table,
+        settings=clip_settings,
+    )
+
+
+def clip_settings(config: ClipConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.positions,
+        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
+        "layer_norm_eps": 1e-5,
+        "projection_dim": config.projection or config.width,
+        "eos_token_id": config.end,
+    }
+
+
+CLIP = Part(
+    name="clip",
+    network=ClipEncoder,
+    layouts=(clip_layout("transformers", "text_model."), clip_layout("transformers-bare", "")),
+)
+
+
+T5_RULES = {
+    "shared.*": "tokens.*",
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.*": "position_bias.*",
+    "encoder.block.{i}.layer.0.layer_norm.*": "layers.{i}.attention_norm.*",
+    "encoder.block.{i}.layer.0.SelfAttention.q.*": "layers.{i}.q.*",
+    "encoder.block.{i}.layer.0.SelfAttention.k.*": "layers.{i}.k.*",
+    "encoder.block.{i}.layer.0.SelfAttention.v.*": "layers.{i}.v.*",
+    "encoder.block.{i}.layer.0.SelfAttention.o.*": "layers.{i}.attention_out.*",
+    "encoder.block.{i}.layer.1.layer_norm.*": "layers.{i}.mlp_norm.*",
+    "encoder.block.{i}.layer.1.DenseReluDense.wi_0.*": "layers.{i}.mlp_gate.*",
+    "encoder.block.{i}.layer.1.DenseReluDense.wi_1.*": "layers.{i}.mlp_in.*",
+    "encoder.block.{i}.layer.1.DenseReluDense.wo.*": "layers.{i}.mlp_out.*",
+    "encoder.final_layer_norm.*": "norm_out.*",
+}
+
+
+def t5_config(evidence: Evidence) -> T5Config:
+    evidence.require(feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6)
+    tokens = "shared.weight" if "shared.weight" in evidence.weights else "encoder.embed_tokens.weight"
+    first = "encoder.block.0.layer.0.SelfAttention."
+    heads = evidence.size(first + "relative_attention_bias.weight", 1)
+    return T5Config(
+        vocabulary=evidence.size(tokens),
+        width=evidence.size(tokens, 1),
+        layers=evidence.count("encoder.block.{i}."),
+        heads=heads,
+        head_width=evidence.size(first + "q.weight") // max(heads, 1),
+        mlp_width=evidence.size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
+        buckets=evidence.size(first + "relative_attention_bias.weight"),
+        distance=evidence.settings.get("relative_attention_max_distance", 128),
+    )
+
+
+def t5_table(config: T5Config) -> Table:
+    return Table(
+        "t5/transformers",
+        tuple(Same(theirs, ours) for theirs, ours in T5_RULES.items()),
+        extras=(Extra("logit_scale", ()), Extra("decoder.*"), Extra("lm_head.weight")),
+        aliases=(Alias("encoder.embed_tokens.weight", "shared.weight"),),
+    )
+
+
+def t5_settings(config: T5Config) -> dict[str, Any]:
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "vocab_size": config.vocabulary,
+        "d_model": config.width,
+        "d_kv": config.head_width,
+        "d_ff": config.mlp_width,
+        "num_layers": config.layers,
+        "num_heads": config.heads,
+        "relative_attention_num_buckets": config.buckets,
+        "relative_attention_max_distance": config.distance,
+        "feed_forward_proj": "gated-gelu",
+        "layer_norm_epsilon": 1e-6,
+        "is_encoder_decoder": False,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+
+
+T5 = Part(
+    name="t5",
+    network=T5Encoder,
+    layouts=(
+        Layout(
+            name="transformers",
+            signature=Signature(
+                has=(
+                    "encoder.block.0.layer.0.SelfAttention.q.weight",
+                    "encoder.block.0.layer.1.DenseReluDense.wi_0.weight",
+                )
+            ),
+            config=t5_config,
+            table=t5_table,
+            settings=t5_settings,
+        ),
+    ),
+)
