@@ -1,0 +1,72 @@
+"""Guidance: a denoiser made of denoisers. It wraps `denoise` and leaves the samplers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from calotype.sampling.levels import Level
+from calotype.sampling.samplers import Denoise
+
+Prediction = Literal["noise", "v", "flow"]
+"""What a network predicts: the noise n, v = alpha n - sigma clean, or the flow's velocity n - clean."""
+
+# Up to a factor, each of them is w x - clean: here is w.
+_WEIGHTS: dict[Prediction, Callable[[Level], float]] = {
+    "noise": lambda level: 1 / level.alpha if level.alpha > 0 else math.inf,
+    "v": lambda level: level.alpha,
+    "flow": lambda level: 1.0,
+}
+
+
+def guided(
+    positive: Denoise, negative: Denoise, scale: float, rescale: float = 0.0, prediction: Prediction = "noise"
+) -> Denoise:
+    """negative + scale (positive - negative): classifier-free guidance (Ho and Salimans 2022).
+
+    Scale 1 is `positive` itself. `rescale` in 0..1 pulls the spread of the result back to the positive one's
+    (Lin et al. 2023, section 3.4). Guidance is the same on clean pictures and on what the network predicts,
+    but rescaling is not: it is done on the latter, which `prediction` names, as in diffusers.
+    """
+    if scale == 1.0:
+        return positive
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        with_, without = positive(x, level), negative(x, level)
+        clean = without + scale * (with_ - without)
+        return clean if rescale == 0 else _rescaled(clean, with_, rescale, prediction, x, level)
+
+    return denoise
+
+
+def guided_pair(
+    pair: Denoise, scale: float, rescale: float = 0.0, prediction: Prediction = "noise"
+) -> Denoise:
+    """As `guided`, in one pass: `pair` takes and returns 2b rows, the b positive ones first."""
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        with_, without = pair(torch.cat([x, x]), level).chunk(2)
+        clean = without + scale * (with_ - without)
+        return clean if rescale == 0 else _rescaled(clean, with_, rescale, prediction, x, level)
+
+    return denoise
+
+
+def _rescaled(
+    clean: Tensor, positive: Tensor, rescale: float, prediction: Prediction, x: Tensor, level: Level
+) -> Tensor:
+    weight = _WEIGHTS[prediction](level)
+    if math.isinf(weight):  # pure noise: the noise is x, whatever the clean picture is
+        return clean
+    ratio = _spread(weight * x - positive) / _spread(weight * x - clean)
+    factor = rescale * ratio + (1 - rescale)
+    return factor * clean + weight * (1 - factor) * x
+
+
+def _spread(x: Tensor) -> Tensor:
+    """The standard deviation of each row, shaped to multiply it."""
+    return x.std(dim=tuple(range(1, x.ndim)), keepdim=True)
