@@ -1,0 +1,125 @@
+"""What is not a part of a model that runs here, recognised by name: adapters, quantised files, and other strangers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from calotype.checkpoint.files import Shape
+from calotype.checkpoint.layouts import Signature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A part of a model that Calotype can name, but not run (yet). `incomplete` says what a half is without."""
+
+    family: str
+    variant: str
+    part: str
+    layout: str
+    signature: Signature
+    incomplete: str = ""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """Something that goes with a model and is none itself. `family` is None where the file does not show it."""
+
+    kind: str  # lora, controlnet, ip_adapter, ...
+    layout: str
+    family: str | None
+
+
+LORA = re.compile(
+    r"(\.|_)lora(\.|_)(up|down|A|B|mid|magnitude_vector|linear_layer)(\.|$)|\.(hada_w\d|lokr_w\d|dora_scale|oft_blocks)"
+)
+
+
+def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
+    """The attachment that these tensors are; None for what may be a model."""
+    lora = next((key for key in shapes if LORA.search(key)), None)
+    if lora is not None:
+        return Attachment("lora", _lora_spelling(shapes, lora), _lora_family(shapes))
+    first = {key.split(".", 1)[0] for key in shapes}
+    if "control_model" in first or "input_hint_block.0.weight" in shapes:
+        return Attachment("controlnet", "original", unet_family(shapes))
+    if "controlnet_cond_embedding" in first:
+        return Attachment("controlnet", "diffusers", unet_family(shapes))
+    if "controlnet_blocks" in first:
+        sd3 = "pos_embed_input" in first or "pos_embed" in first
+        return Attachment("controlnet", "diffusers", "sd3" if sd3 else "flux")
+    if any(name.startswith("lllite_") for name in first):
+        return Attachment("controlnet", "lllite", "sdxl")
+    if first & {"ip_adapter", "image_proj"}:
+        return Attachment("ip_adapter", "original", _adapter_family(shapes))
+    if "adapter" in first and any(key.startswith("adapter.body.") for key in shapes):
+        return Attachment("t2i_adapter", "diffusers", None)
+    if first and first <= {"emb_params", "clip_l", "clip_g", "string_to_param"}:
+        return Attachment("embedding", "textual inversion", "sdxl" if "clip_g" in first else None)
+    if "vision_model" in first and not any("text_model" in name or "embeddings" in name for name in first):
+        return Attachment("image_encoder", "transformers", None)
+    return None
+
+
+def quantised(keys: Iterable[str]) -> str | None:
+    """The name of a quantised storage that is not read here; None for plain tensors."""
+    marks = {
+        "bitsandbytes": re.compile(r"\.(absmax|quant_map|quant_state\.bitsandbytes__\w+|SCB)$"),
+        "scaled fp8": re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)$"),
+        "nunchaku (SVDQuant)": re.compile(r"\.(wscales|smooth_factor|qweight)$"),
+        "torchao or GPTQ": re.compile(r"\.(qzeros|scales_and_zeros)$"),
+    }
+    for key in keys:
+        for name, pattern in marks.items():
+            if pattern.search(key):
+                return name
+    return None
+
+
+def unet_family(shapes: Mapping[str, Shape]) -> str | None:
+    """The family whose text the cross-attention of a UNet, or of something trained on one, takes."""
+    joined = " ".join(key for key in shapes if "label_emb" in key or "add_embedding" in key)
+    widths = {
+        shape[1] for key, shape in shapes.items() if "attn2" in key and "to_k" in key and len(shape) == 2 and shape[0] >= 320
+    }
+    if joined or 2048 in widths:
+        return "sdxl"
+    return "sd1" if 768 in widths else None
+
+
+def _adapter_family(shapes: Mapping[str, Shape]) -> str | None:
+    widths = {shape[1] for key, shape in shapes.items() if "to_k_ip" in key and len(shape) == 2}
+    return "sdxl" if 2048 in widths else "sd1" if 768 in widths else "flux" if 4096 in widths else None
+
+
+def _lora_spelling(shapes: Mapping[str, Shape], example: str) -> str:
+    if re.match(r"lora_(unet|te|transformer)", example):
+        return "kohya"
+    if ".hada_w" in example or ".lokr_w" in example:
+        return "lycoris"
+    original = any(key.startswith(("double_blocks.", "single_blocks.")) for key in shapes)
+    if original:
+        return "bfl"
+    return "diffusers" if re.search(r"(transformer|unet|text_encoder\w*|base_model)\.", example) else "peft"
+
+
+def _lora_family(shapes: Mapping[str, Shape]) -> str | None:
+    """The model that a LoRA was trained on, as far as names and input widths show it."""
+    names = " ".join(key.replace(".", "_") for key in shapes)
+    if "double_blocks" in names or "single_transformer_blocks" in names or "single_blocks" in names:
+        return "flux"
+    if "joint_blocks" in names or "attn_add_q_proj" in names:
+        return "sd3"
+    if "attn1_Wqkv" in names or "mlp_t5" in names or "extra_embedder" in names:
+        return "hunyuan_dit"
+    if "encoder_hid_proj" in names:
+        return "kolors"
+    inward = {
+        shape[1]
+        for key, shape in shapes.items()
+        if "attn2" in key and re.search(r"to_k\.?(lora)?\W?(lora_down|lora_A|down|lora\.down)", key) and len(shape) >= 2
+    }
+    if "lora_te2_" in names or "text_encoder_2" in names or 2048 in inward:
+        return "sdxl"
+    return "sd1" if 768 in inward else None

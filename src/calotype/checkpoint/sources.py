@@ -1,0 +1,212 @@
+"""What a user points at: a file, a shard, a folder of one part, a pipeline folder, a folder of loose files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calotype.checkpoint.files import PICKLE_SUFFIXES, SafetensorsFile, Weights
+from calotype.checkpoint.layouts import Settings
+from calotype.errors import DamagedFile, SourceNotFound, UnsafeFile
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler_config.json"
+CARD = "calotype.json"  # a model folder's own variant and defaults
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+OWN_NAMES = ("model", "diffusion_pytorch_model")  # files that are part of a folder with a config.json
+MAX_JSON = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that belong together, and what their folder says of them. `place` is where their tokenizer may lie."""
+
+    weights: Weights
+    settings: Settings
+    place: Path
+    component: str = ""  # its name in the pipeline folder
+
+
+@dataclass
+class Source:
+    """One source, opened: headers read, no tensor yet."""
+
+    name: str
+    layout: str  # file, folder, diffusers
+    groups: list[Group] = field(default_factory=list[Group])
+    tokenizers: list[Path] = field(default_factory=list[Path])
+    pipeline: str | None = None
+    scheduler: Settings | None = None
+    card: Settings = field(default_factory=dict[str, Any])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; DamagedFile where it is none."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise DamagedFile(f"{path}: too large for a configuration")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DamagedFile(f"{path}: a JSON object was expected")
+    return content  # pyright: ignore[reportUnknownVariableType]
+
+
+def open_source(path: Path, name: str | None = None) -> Source:
+    """Open what lies at a path. `name` is what the user called it.
+
+    Raises SourceNotFound, DamagedFile, UnsafeFile or UnsupportedModel.
+    """
+    name = name or str(path)
+    if path.is_dir():
+        return _folder(path, name)
+    if not path.exists():
+        raise SourceNotFound(f"{path}: no such file or folder")
+    if path.name == INDEX:
+        return _folder(path.parent, name)
+    source = Source(name, "file")
+    if path.name in TOKENIZER_FILES or path.name == "merges.txt":
+        source.tokenizers.append(path.parent)
+    elif path.name == SCHEDULER:
+        source.scheduler = read_json(path)
+    else:
+        beside = path.parent / "config.json"
+        own = path.name.split(".", 1)[0].split("-", 1)[0] in OWN_NAMES and beside.is_file()
+        settings = read_json(beside) if own else {}
+        source.groups.append(_group(name, _shards(path), settings, path.parent))
+    return source
+
+
+def _group(name: str, files: Iterable[Path], settings: Settings, place: Path, component: str = "") -> Group:
+    weights = Weights.of(name, files)
+    if not settings and "config" in weights.metadata:
+        # What conversion from a folder left of its config.json.
+        try:
+            settings = json.loads(weights.metadata["config"])
+        except ValueError:
+            raise DamagedFile(f"{name}: the configuration in its header is not valid JSON") from None
+        if not isinstance(settings, dict):
+            raise DamagedFile(f"{name}: the configuration in its header is not a JSON object")
+    return Group(weights, settings, place, component)
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files of a sharded part, from one of them or from its index; a file that stands alone gives itself."""
+    if path.name.endswith(".index.json"):
+        return _indexed(path)
+    match = SHARD.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, total = match[1], int(match[3])
+    files = [path.with_name(f"{stem}-{number + 1:05}-of-{total:05}.safetensors") for number in range(min(total, 10_000))]
+    for file in files:
+        if not file.is_file():
+            raise SourceNotFound(f"{file}: this shard is missing; {path.name} is one of {total}, which belong together")
+    return files
+
+
+def _indexed(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map", {})
+    if not isinstance(names, dict) or not names:
+        raise DamagedFile(f"{index}: it has no weight_map")
+    files: list[Path] = []
+    for name in sorted({str(value) for value in names.values()}):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        if Path(name).name != name:
+            raise DamagedFile(f"{index}: {name[:80]!r} is not the name of a file beside it")
+        if not (index.parent / name).is_file():
+            raise SourceNotFound(f"{index.parent / name}: this shard is missing, though {index.name} lists it")
+        files.append(index.parent / name)
+    present = {key for file in files for key in SafetensorsFile(file).entries}
+    lost = sorted(set(names) - present)  # pyright: ignore[reportUnknownArgumentType]
+    if lost:
+        raise DamagedFile(f"{index}: {len(lost)} tensors that it lists are in none of its shards, first {lost[0]!r}")
+    return files
+
+
+def _folder(path: Path, name: str) -> Source:
+    if (path / INDEX).is_file():
+        return _pipeline(path, name)
+    source = Source(name, "folder")
+    _take(source, path, name)
+    if not (path / "config.json").is_file():
+        # Loose original files, with whole parts in folders beside them.
+        for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
+            _take(source, folder, f"{name}/{folder.name}" if name else folder.name)
+    if (path / CARD).is_file():
+        source.card = read_json(path / CARD)
+    if not source.groups and not source.tokenizers and source.scheduler is None:
+        pickles = sorted(child.name for child in path.iterdir() if child.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise UnsafeFile(
+                f"{path}: it holds only {pickles[0]}, a pickle, which can run code when read; look for a version with "
+                ".safetensors files"
+            )
+        raise SourceNotFound(f"{path}: no .safetensors file in this folder")
+    return source
+
+
+def _take(source: Source, folder: Path, name: str, component: str = "") -> None:
+    """Add what one folder holds itself: a part with its config.json, a tokenizer, a scheduler, loose files."""
+    if (folder / SCHEDULER).is_file():
+        source.scheduler = read_json(folder / SCHEDULER)
+    config = folder / "config.json"
+    files = list(_part_files(folder)) if config.is_file() else []
+    if files:
+        source.groups.append(_group(name, files, read_json(config), folder, component))
+        return
+    if any((folder / file).is_file() for file in TOKENIZER_FILES):
+        source.tokenizers.append(folder)
+        return
+    seen: set[Path] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        if file not in seen:
+            shards = _shards(file)
+            seen.update(shards)
+            source.groups.append(_group(f"{name}/{file.name}", shards, {}, folder, component))
+
+
+def _part_files(folder: Path) -> Iterator[Path]:
+    """The weights of a part's folder: sharded, or one file; of several variants the plain one."""
+    plain = [folder / f"{name}.safetensors" for name in reversed(OWN_NAMES)]
+    indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda index: (index.name.count("."), index.name))
+    every = sorted(folder.glob("*.safetensors"))
+    chosen = next((file for file in plain if file.is_file()), None)
+    if chosen is not None:
+        yield chosen
+    elif indexes:
+        yield from _indexed(indexes[0])
+    elif len(every) == 1:
+        yield every[0]
+    elif every:
+        shards = _shards(every[0])
+        if set(shards) != set(every):
+            raise DamagedFile(f"{folder}: it holds several versions ({', '.join(f.name for f in every[:3])}): name one")
+        yield from shards
+
+
+def _pipeline(path: Path, name: str) -> Source:
+    """A diffusers folder: the parts that its index names, as far as they are there."""
+    index = read_json(path / INDEX)
+    source = Source(name, "diffusers", pipeline=str(index.get("_class_name")))
+    for component, value in index.items():
+        named = isinstance(value, list) and len(value) == 2 and value[1] is not None  # pyright: ignore[reportUnknownArgumentType]
+        folder = path / component
+        if not named or Path(component).name != component or not folder.is_dir():
+            continue
+        before = len(source.groups), len(source.tokenizers)
+        _take(source, folder, f"{name}/{component}", component)
+        pickles = [child for child in folder.iterdir() if child.suffix in PICKLE_SUFFIXES]
+        if before == (len(source.groups), len(source.tokenizers)) and pickles and component != "scheduler":
+            raise UnsafeFile(
+                f"{folder}: it holds only {pickles[0].name}, a pickle, which can run code when read; look for a version "
+                "with .safetensors files"
+            )
+    if (path / CARD).is_file():
+        source.card = read_json(path / CARD)
+    return source

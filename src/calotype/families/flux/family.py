@@ -1,0 +1,230 @@
+"""FLUX.1 as the loader sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
+from calotype.checkpoint.layouts import Settings
+from calotype.checkpoint.text_encoders import CLIP, T5
+from calotype.errors import DamagedFile, UnsupportedModel
+from calotype.families.family import Assembly, Family, Manifest, ManifestPart, Role
+from calotype.families.flux import DEV_DEFAULTS, SCHNELL_DEFAULTS, FluxModel
+from calotype.families.flux.config import DEV, DEV_SAMPLING, FILL, SCHNELL, SCHNELL_SAMPLING, FlowSettings, FluxConfig
+from calotype.families.flux.keys import TRANSFORMER
+from calotype.families.flux.network import FluxNetwork
+from calotype.nn.autoencoder import Autoencoder, AutoencoderConfig
+from calotype.nn.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
+from calotype.request import Defaults
+from calotype.text.clip import VIT_L, ClipEncoder
+from calotype.text.t5 import XXL, T5Encoder
+
+PATCH = 4  # latent pixels in an image token
+VAE = AutoencoderConfig(
+    latent_channels=16, widths=(128, 256, 512, 512), blocks=2, quant_convs=False, scale=0.3611, shift=0.1159
+)
+TINY_VAE = TinyAutoencoderConfig(
+    latent_channels=16, width=64, encoder_blocks=(1, 3, 3, 3), decoder_blocks=(3, 3, 3, 1), scale=1.0, shift=0.0
+)
+FLEX_2 = replace(DEV, image_width=196, joint_blocks=8)
+
+
+def variant(config: FluxConfig) -> str:
+    """dev and schnell differ by the guidance input alone; wider image tokens carry a condition beside the picture."""
+    extra = config.image_width - config.image_width_out
+    if extra == FILL.image_width - FILL.image_width_out:
+        return "fill-dev"
+    if extra == FLEX_2.image_width - FLEX_2.image_width_out:
+        return "flex-2"
+    if extra == config.image_width_out:
+        return "canny-depth-dev"
+    return "dev" if config.guidance_input else "schnell"
+
+
+def refusal(config: FluxConfig) -> str | None:
+    if config.image_width != config.image_width_out:
+        return f"FLUX.1 {variant(config)} takes a condition beside the picture, which is not supported yet"
+    return None
+
+
+def misfit(configs: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first role whose configuration does not go with the transformer's, and why."""
+    transformer: FluxConfig = configs["transformer"]
+    latents = transformer.image_width_out // PATCH
+    for role, what, has, wants in (
+        ("clip", "a CLIP encoder of width", configs["clip"].width, transformer.pooled_width),
+        ("t5", "a T5 encoder of width", configs["t5"].width, transformer.text_width),
+        ("vae", "an autoencoder with latent channels:", configs["vae"].latent_channels, latents),
+    ):
+        if has != wants:
+            return role, f"{what} {has}, but this FLUX transformer takes {wants}"
+    return None
+
+
+def scheduler(variant: str) -> dict[str, Any]:
+    """scheduler_config.json of a variant, for conversion."""
+    settings = SCHNELL_SAMPLING if variant == "schnell" else DEV_SAMPLING
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        # diffusers ignores a fixed shift where shifting is dynamic; published files say 3.
+        "shift": 3.0 if settings.dynamic else settings.shift,
+        "use_dynamic_shifting": settings.dynamic,
+        "base_shift": settings.base_shift,
+        "max_shift": settings.max_shift,
+        "base_image_seq_len": settings.base_tokens,
+        "max_image_seq_len": settings.max_tokens,
+    }
+
+
+def flow_settings(config: Settings) -> FlowSettings:
+    """What a scheduler_config.json asks for; UnsupportedModel where it is not what runs here."""
+    wanted = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "time_shift_type": "exponential",
+        "invert_sigmas": False,
+        "shift_terminal": None,
+        "stochastic_sampling": False,
+        "use_karras_sigmas": False,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+    }
+    for name, value in wanted.items():
+        if config.get(name, value) not in (value, None):
+            raise UnsupportedModel(
+                f"scheduler_config.json: {name} = {config[name]!r} is not supported; remove the file to sample as "
+                "FLUX.1 does, and ask for a sampler and a schedule by name"
+            )
+    try:
+        return FlowSettings(
+            shift=float(config.get("shift", 1.0)),
+            dynamic=bool(config.get("use_dynamic_shifting", False)),
+            base_shift=float(config.get("base_shift", DEV_SAMPLING.base_shift)),
+            max_shift=float(config.get("max_shift", DEV_SAMPLING.max_shift)),
+            base_tokens=int(config.get("base_image_seq_len", DEV_SAMPLING.base_tokens)),
+            max_tokens=int(config.get("max_image_seq_len", DEV_SAMPLING.max_tokens)),
+        )
+    except (TypeError, ValueError) as error:
+        raise DamagedFile(f"scheduler_config.json: {error}") from error
+
+
+def assemble(given: Assembly) -> FluxModel:
+    """The model of these networks; a folder's own scheduler and card stand before the family's numbers."""
+    transformer, clip, t5, vae = (given.networks[name] for name in ("transformer", "clip", "t5", "vae"))
+    assert isinstance(transformer, FluxNetwork)
+    assert isinstance(clip, ClipEncoder)
+    assert isinstance(t5, T5Encoder)
+    assert isinstance(vae, (Autoencoder, TinyAutoencoder))
+    dev = transformer.config.guidance_input
+    if given.scheduler is not None:
+        sampling = flow_settings(given.scheduler)
+    else:
+        sampling = DEV_SAMPLING if dev else SCHNELL_SAMPLING
+    return FluxModel(
+        transformer=transformer,
+        clip=clip,
+        t5=t5,
+        vae=vae,
+        clip_tokenizer=given.tokenizers["clip"],
+        t5_tokenizer=given.tokenizers["t5"],
+        sampling=sampling,
+        defaults=_defaults(DEV_DEFAULTS if dev else SCHNELL_DEFAULTS, given.card.get("defaults", {})),
+        variant=str(given.card.get("variant", variant(transformer.config))),
+        source=given.source,
+        device=given.device,
+    )
+
+
+def _defaults(family: Defaults, own: Mapping[str, Any]) -> Defaults:
+    known = {field.name for field in fields(Defaults)} - {"grain", "samplers", "schedules"}
+    unknown = sorted(set(own) - known)
+    if unknown:
+        raise DamagedFile(f"calotype.json: defaults has {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    return replace(family, **own)
+
+
+def _whole(name: str, part: Any, layout: str, config: Any, **more: Any) -> Manifest:  # noqa: ANN401
+    return Manifest(name=name, parts=(ManifestPart(part=part, layout=layout, config=config, **more),))
+
+
+COMFYUI = "model.diffusion_model."
+MANIFESTS = (
+    _whole("flux1-dev", TRANSFORMER, "original", DEV),
+    _whole("flux1-schnell", TRANSFORMER, "original", SCHNELL),
+    _whole("flux1-fill-dev", TRANSFORMER, "original", FILL),
+    _whole("flex2-preview", TRANSFORMER, "original", FLEX_2),
+    _whole("flux1-dev-comfyui", TRANSFORMER, "original", DEV, prefix=COMFYUI),
+    _whole("flux1-schnell-comfyui", TRANSFORMER, "original", SCHNELL, prefix=COMFYUI),
+    Manifest(
+        name="flux1-dev-comfyui-checkpoint",
+        parts=(
+            ManifestPart(part=TRANSFORMER, layout="original", config=DEV, prefix=COMFYUI),
+            ManifestPart(part=AUTOENCODER, layout="original", config=VAE, prefix="vae."),
+            ManifestPart(
+                part=CLIP,
+                layout="transformers",
+                config=VIT_L,
+                prefix="text_encoders.clip_l.transformer.",
+                extras=("text_projection.weight",),
+            ),
+            ManifestPart(part=T5, layout="transformers", config=XXL, prefix="text_encoders.t5xxl.transformer."),
+        ),
+    ),
+    _whole("flux-transformer-diffusers-dev", TRANSFORMER, "diffusers", DEV),
+    _whole("flux-transformer-diffusers-schnell", TRANSFORMER, "diffusers", SCHNELL),
+    _whole("flux-transformer-diffusers-fill-dev", TRANSFORMER, "diffusers", FILL),
+    _whole("flux-text-encoder", CLIP, "transformers", VIT_L),
+    _whole("flux-text-encoder-bare", CLIP, "transformers-bare", VIT_L),
+    _whole("flux-text-encoder-2", T5, "transformers", XXL),
+    _whole("t5xxl-fp16", T5, "transformers", XXL, extras=("encoder.embed_tokens.weight",)),
+    _whole("flux-ae", AUTOENCODER, "original", VAE),
+    _whole("flux-vae-diffusers", AUTOENCODER, "diffusers", VAE),
+    _whole("taef1-encoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="encoder."),
+    _whole("taef1-decoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="decoder."),
+    _whole("taef1-diffusers", TINY_AUTOENCODER, "diffusers-tiny", TINY_VAE),
+)
+
+FAMILY = Family(
+    name="flux",
+    title="FLUX.1",
+    pipeline="FluxPipeline",
+    roles=(
+        Role(
+            name="transformer",
+            parts=(TRANSFORMER,),
+            folder="transformer",
+            where="flux1-dev.safetensors or flux1-schnell.safetensors of black-forest-labs",
+        ),
+        Role(
+            name="clip",
+            parts=(CLIP,),
+            folder="text_encoder",
+            tokenizer="tokenizer",
+            where="the folder text_encoder/ of black-forest-labs/FLUX.1-dev, or clip_l.safetensors",
+        ),
+        Role(
+            name="t5",
+            parts=(T5,),
+            folder="text_encoder_2",
+            tokenizer="tokenizer_2",
+            where="the folder text_encoder_2/ of black-forest-labs/FLUX.1-dev, or t5xxl_fp16.safetensors",
+        ),
+        Role(
+            name="vae",
+            parts=(AUTOENCODER, TINY_AUTOENCODER),
+            folder="vae",
+            settings=((AUTOENCODER, {"scaling_factor": VAE.scale, "shift_factor": VAE.shift}),),
+            where="ae.safetensors or the folder vae/ of black-forest-labs/FLUX.1-dev",
+        ),
+    ),
+    variant=variant,
+    refusal=refusal,
+    misfit=misfit,
+    scheduler=scheduler,
+    assemble=assemble,
+    manifests=MANIFESTS,
+    harmless=("*.logit_scale", "logit_scale", "*.position_ids", "*.spiece_model"),
+)

@@ -1,0 +1,201 @@
+"""From a path or a name to a model that runs: detect, build on meta, fill, assemble.
+
+    load("flux1-dev.safetensors", "ae.safetensors", "text_encoder/", "text_encoder_2/")
+
+Nothing is copied that need not be: tensors stored as the network wants them stay views of their files.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from calotype.checkpoint.files import Weights
+from calotype.errors import (
+    MissingPart,
+    NotAModel,
+    RequestError,
+    UnknownModel,
+    UnsupportedModel,
+    WrongShape,
+)
+from calotype.families import FAMILIES
+from calotype.families.family import Assembly, Family
+from calotype.generate import Model
+from calotype.load.convert import convert
+from calotype.load.describe import Description, PartDescription, describe
+from calotype.load.gather import Chosen, Item, Opened, choose, gather
+from calotype.load.manifests import manifest, manifests
+from calotype.load.tokenizers import tokenizer_for
+
+__all__ = ["Description", "PartDescription", "convert", "describe", "load", "manifest", "manifests"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MEMORY = ("auto", "resident")
+Source = str | os.PathLike[str]
+
+
+def load(
+    *sources: Source,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    memory: str = "auto",
+) -> Model[Any]:
+    """The model that files, folders or a hub id hold between them, in any order; the built-in one if none is given.
+
+    device   where it computes: "cuda" where there is one, else "cpu"
+    dtype    "float32", "bfloat16" or "float16"; None keeps what each part is stored in (fp8 becomes bfloat16)
+    memory   "auto" leaves weights in their files until they are needed; "resident" reads all of them now
+
+    Raises a LoadError that says what came, what was wanted and what to do.
+    """
+    target = _device(device)
+    wanted = _dtype(dtype)
+    if memory not in MEMORY:
+        raise RequestError("memory", memory, "one of " + ", ".join(MEMORY))
+    opened = gather(sources)
+    family, chosen = _recognised(opened)
+    configs = {role: part.config for role, part in chosen.items()}
+    refusal = family.refusal(configs[family.backbone.name])
+    if refusal is not None:
+        raise UnsupportedModel(f"{opened.name}: {refusal}")
+    for role in family.roles:
+        if role.name not in chosen:
+            raise MissingPart(
+                f"{opened.name}: a {family.title} model without its {role.name}; give also {role.where}"
+            )
+    misfit = family.misfit(configs)
+    if misfit is not None:
+        role_name, why = misfit
+        raise WrongShape(f"{chosen[role_name].found.weights.source}: {why}; it belongs to another family or model")
+    tokenizers = {
+        role: tokenizer_for(part, configs[role], opened) for role, part in chosen.items() if part.role.tokenizer
+    }
+    networks = {role: _network(part, configs[role], wanted, memory) for role, part in chosen.items()}
+    if target.type != "cpu" and (memory == "resident" or _fits(list(networks.values()), target)):
+        for network in networks.values():
+            network.to(target)
+    scheduler = next((source.scheduler for source in opened.sources if source.scheduler is not None), None)
+    card = next((source.card for source in opened.sources if source.card), {})
+    model = family.assemble(
+        Assembly(
+            networks=networks,
+            tokenizers=tokenizers,
+            scheduler=scheduler,
+            card=card,
+            source=opened.name,
+            device=target,
+        )
+    )
+    return Model(model)
+
+
+def _recognised(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
+    """The family whose backbone is among the sources, and its parts."""
+    for item in opened.items:
+        _refuse_what_is_no_part(item)
+    parts = {id(found.part) for item in opened.items for found in item.detected.found}
+    families = [family for family in FAMILIES if any(id(part) in parts for part in family.backbone.parts)]
+    strangers = [item for item in opened.items if item.detected.recognised]
+    for item in strangers:
+        known = item.detected.recognised[0].known
+        name = f"{item.group.weights.source}: the {known.part} of {known.family} {known.variant}"
+        if known.incomplete:
+            raise MissingPart(f"{name}: {known.incomplete}")
+        if families:
+            raise UnsupportedModel(f"{name}, which does not go with the other sources ({families[0].title})")
+        raise UnsupportedModel(f"{name}: recognised, but not supported yet; supported: {_titles()}")
+    if not families:
+        held = sorted({found.part.name for item in opened.items for found in item.detected.found})
+        wanted = " or ".join(f"the {f.backbone.name} of {f.title} ({f.backbone.where})" for f in FAMILIES)
+        raise MissingPart(
+            f"{opened.name}: {'only ' + ', '.join(held) if held else 'nothing'} to make a model of; give also {wanted}"
+        )
+    return families[0], choose(families[0], opened)
+
+
+def _refuse_what_is_no_part(item: Item) -> None:
+    source, detected = item.group.weights.source, item.detected
+    if detected.attachment is not None:
+        kind, family = detected.attachment.kind, detected.attachment.family
+        title = {"lora": "a LoRA", "controlnet": "a ControlNet", "ip_adapter": "an IP-Adapter"}.get(kind, f"an {kind}")
+        fits = f" for {family}" if family else ""
+        raise NotAModel(
+            f"{source}: {title} ({detected.attachment.layout}){fits}, which goes with a model and is none; give the model "
+            "itself as the source"
+        )
+    if detected.quantised is not None:
+        raise UnsupportedModel(f"{source}: weights quantised by {detected.quantised} are not supported yet")
+    if not detected.found and not detected.recognised:
+        why = "; ".join(detected.objections) or f"its tensors are called {', '.join(list(item.group.weights)[:3])}, ..."
+        raise UnknownModel(f"{source}: no known model: {why}; supported: {_titles()}")
+
+
+def _titles() -> str:
+    return ", ".join(family.title for family in FAMILIES)
+
+
+def _network(part: Chosen, config: Any, dtype: torch.dtype | None, memory: str) -> nn.Module:  # noqa: ANN401
+    """The part's network with its weights, in one dtype throughout."""
+    found = part.found
+    network = found.part.on_meta(config)
+    binding = found.part.bind(found.layout, config)
+    state = binding.load(found.weights, dtype or stored_dtype(found.weights), mapped=memory == "auto")
+    network.load_state_dict(state, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def stored_dtype(weights: Weights) -> torch.dtype:
+    """The floating type that most of a part is stored in; float8 is storage only, and computes as bfloat16."""
+    held: dict[torch.dtype, int] = {}
+    for entry in weights.values():
+        if entry.dtype.is_floating_point:
+            held[entry.dtype] = held.get(entry.dtype, 0) + entry.stop - entry.start
+    most = max(held, key=lambda dtype: held[dtype], default=torch.float32)
+    return torch.bfloat16 if most.itemsize == 1 else most
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise RequestError("device", device, "cpu, cuda, cuda:0, mps, ...") from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError("device", str(device), "cpu: this machine has no CUDA device that torch can use")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise RequestError("device", str(device), "cpu: this machine has no MPS device that torch can use")
+    return chosen
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise RequestError("dtype", str(dtype), "one of " + ", ".join(DTYPES))
+
+
+def _fits(networks: list[nn.Module], device: torch.device) -> bool:
+    """Whether all weights, and a quarter more to compute with, fit into the device's free memory."""
+    if device.type != "cuda":
+        return True
+    weights = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+    free, _ = torch.cuda.mem_get_info(device)
+    return weights * 1.25 < free
+
+
+class _Callable(ModuleType):
+    """`calotype.load` is the function to users; importing the module must not take that name from it."""
+
+    def __call__(self, *sources: Source, **options: Any) -> Model[Any]:  # noqa: ANN401
+        return load(*sources, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,178 @@
+"""What a source is, from its headers alone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from calotype.checkpoint.files import NAMES, Weights
+from calotype.errors import UnsupportedModel
+from calotype.families import FAMILIES
+from calotype.families.family import Family
+from calotype.load.gather import Item, Opened, gather
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartDescription:
+    """One part of a source. `name` is its role (transformer, clip, t5, vae, unet, lora, unknown, ...)."""
+
+    name: str
+    layout: str
+    dtypes: dict[str, int]  # safetensors' names of types -> number of tensors
+    tensors: int
+    parameters: int
+    bytes: int
+    files: tuple[str, ...]
+    prefix: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a source is. `kind` is model, part, lora, controlnet, ...; family and variant are None where unknown.
+
+    `supported` says whether `load` can use it; `note` says what a user should know about it.
+    """
+
+    source: str
+    kind: str
+    family: str | None
+    variant: str | None
+    layout: str | None
+    supported: bool
+    note: str
+    parts: tuple[PartDescription, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def describe(source: str | os.PathLike[str]) -> Description:
+    """What a file, folder or hub model is, without reading tensor data.
+
+    What no family claims is described too, as unknown. Raises SourceNotFound, DamagedFile or UnsafeFile.
+    """
+    try:
+        opened = gather([source])
+    except UnsupportedModel as error:
+        return _described(str(source), "model", note=str(error))
+    parts = tuple(part for item in opened.items for part in _parts(item))
+    for item in opened.items:
+        attachment = item.detected.attachment
+        if attachment is not None:
+            note = "goes with a model, and is none itself"
+            return _described(
+                opened.name, attachment.kind, family=attachment.family, layout=attachment.layout, note=note, parts=parts
+            )
+    recognised = [piece for item in opened.items for piece in item.detected.recognised]
+    if recognised:
+        known = recognised[0].known
+        whole = any(item.detected.found for item in opened.items) or known.part in ("unet", "transformer")
+        return _described(
+            opened.name,
+            "model" if whole else "part",
+            family=known.family,
+            variant=known.variant,
+            layout=_layout(opened, known.layout),
+            note=known.incomplete or "not supported yet",
+            parts=parts,
+        )
+    found = [piece for item in opened.items for piece in item.detected.found]
+    if not found:
+        why = "; ".join(objection for item in opened.items for objection in item.detected.objections)
+        return _described(opened.name, "unknown", note=f"no known model{': ' + why if why else ''}", parts=parts)
+    return _of_family(opened, parts)
+
+
+def _of_family(opened: Opened, parts: tuple[PartDescription, ...]) -> Description:
+    found = [piece for item in opened.items for piece in item.detected.found]
+    quantised = next((item.detected.quantised for item in opened.items if item.detected.quantised), None)
+    for family in FAMILIES:
+        backbone = next((piece for piece in found if piece.part in family.backbone.parts), None)
+        if backbone is None:
+            continue
+        config = backbone.config(family.backbone.settings_of(backbone.part))
+        refusal = family.refusal(config)
+        if quantised is not None:
+            refusal = f"weights quantised by {quantised} are not supported yet"
+        present = {role.name for piece in found if (role := family.role(piece.part)) is not None}
+        lacking = [role.name for role in family.roles if role.name not in present]
+        note = refusal or (f"to run, it needs also: {', '.join(lacking)}" if lacking else "complete")
+        return _described(
+            opened.name,
+            "part" if lacking and len(present) == 1 else "model",
+            family=family.name,
+            variant=next((s.card["variant"] for s in opened.sources if "variant" in s.card), family.variant(config)),
+            layout=_layout(opened, backbone.layout.name),
+            supported=refusal is None,
+            note=note,
+            parts=parts,
+        )
+    names = ", ".join(dict.fromkeys(piece.part.name for piece in found))
+    takers = [family.name for family in FAMILIES if any(family.role(piece.part) for piece in found)]
+    return _described(
+        opened.name,
+        "part",
+        layout=_layout(opened, found[0].layout.name),
+        supported=quantised is None,
+        note=f"{names} alone; families with such a part: {', '.join(takers)}",
+        parts=parts,
+    )
+
+
+def _parts(item: Item) -> list[PartDescription]:
+    detected = item.detected
+    out = [_part(piece.part.name, piece.layout.name, piece.weights, piece.prefix) for piece in detected.found]
+    out += [_part(piece.known.part, piece.known.layout, piece.weights, piece.prefix) for piece in detected.recognised]
+    if detected.rest:
+        name, layout = "other", ""
+        if detected.attachment is not None:
+            name, layout = detected.attachment.kind, detected.attachment.layout
+        elif not out:
+            name = "unknown"
+        rest = Weights(detected.weights.source, {key: detected.weights[key] for key in detected.rest})
+        out.append(_part(name, layout, rest, ""))
+    return out
+
+
+def _part(name: str, layout: str, weights: Weights, prefix: str) -> PartDescription:
+    return PartDescription(
+        name=name,
+        layout=layout,
+        dtypes=dict(Counter(NAMES[entry.dtype] for entry in weights.values()).most_common()),
+        tensors=len(weights),
+        parameters=sum((entry.stop - entry.start) // entry.dtype.itemsize for entry in weights.values()),
+        bytes=sum(entry.stop - entry.start for entry in weights.values()),
+        files=tuple(str(path) for path in weights.files),
+        prefix=prefix,
+    )
+
+
+def _layout(opened: Opened, layout: str) -> str:
+    """The source's own layout: a pipeline folder is diffusers whatever its parts are."""
+    return "diffusers" if opened.sources[0].layout == "diffusers" else layout
+
+
+def _described(
+    source: str,
+    kind: str,
+    *,
+    family: str | None = None,
+    variant: str | None = None,
+    layout: str | None = None,
+    supported: bool = False,
+    note: str,
+    parts: tuple[PartDescription, ...] = (),
+) -> Description:
+    return Description(
+        source=source,
+        kind=kind,
+        family=family,
+        variant=variant,
+        layout=layout,
+        supported=supported,
+        note=note,
+        parts=parts,
+    )

@@ -1,0 +1,65 @@
+"""Where an encoder's tokenizer comes from: the sources, the files beside it, or the published one from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from calotype.checkpoint.hub import fetch_tokenizer
+from calotype.checkpoint.tokenizer_files import kind, prompt_tokenizer, read_tokenizer
+from calotype.errors import LoadError, MissingPart
+from calotype.load.gather import Chosen, Opened
+from calotype.text.tokenizers import PromptTokenizer
+
+
+class Published(NamedTuple):
+    """A tokenizer that all encoders of a kind share, recognised by their vocabulary."""
+
+    name: str
+    files: tuple[str, ...]
+    vocabulary: int
+
+
+PUBLISHED = {
+    "clip": Published("openai/clip-vit-large-patch14", ("tokenizer.json", "tokenizer_config.json"), 49408),
+    "t5": Published("google-t5/t5-small", ("tokenizer.json",), 32128),
+}
+
+
+def tokenizer_for(part: Chosen, config: Any, opened: Opened) -> PromptTokenizer:  # noqa: ANN401
+    """The tokenizer of an encoder. Raises MissingPart where there is none to be had, LoadError where it does not fit."""
+    role, vocabulary = part.role.name, config.vocabulary
+    for folder, named in _places(part, opened):
+        tokenizer = read_tokenizer(folder)
+        if tokenizer is not None and (named or kind(tokenizer) == role):
+            return prompt_tokenizer(tokenizer, folder, role, vocabulary, part.found.settings)
+    published = PUBLISHED.get(role)
+    if published is None or published.vocabulary != vocabulary:
+        raise MissingPart(
+            f"{part.found.weights.source}: no tokenizer for this encoder of {vocabulary} tokens; give also the folder that "
+            f"holds its tokenizer.json ({part.role.tokenizer}/ in a pipeline folder)"
+        )
+    try:
+        folder = fetch_tokenizer(published.name, published.files)
+    except LoadError as error:
+        raise MissingPart(
+            f"{part.found.weights.source}: its tokenizer is neither among the sources nor beside the file, and could not be "
+            f"fetched ({error}); give also a folder with its tokenizer.json ({part.role.tokenizer}/ of the model), or run "
+            f"`hf download {published.name} {' '.join(published.files)}` once while online"
+        ) from error
+    tokenizer = read_tokenizer(folder)
+    assert tokenizer is not None
+    return prompt_tokenizer(tokenizer, folder, role, vocabulary, part.found.settings)
+
+
+def _places(part: Chosen, opened: Opened) -> Iterator[tuple[Path, bool]]:
+    """Folders to look in, and whether their name already says that they are this encoder's."""
+    own = part.role.tokenizer
+    given = [folder for source in opened.sources for folder in source.tokenizers]
+    yield from ((folder, True) for folder in given if folder.name == own)
+    yield from ((folder, False) for folder in given if folder.name != own)
+    place = part.group.place
+    yield place, False
+    yield place.parent / own, True
+    yield place / own, True
