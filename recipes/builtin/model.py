@@ -26,6 +26,7 @@ class Scale:
     """One size of the recipe."""
 
     pixels: int  # side of the pictures
+    patch: int  # latents a side of one image token
     large: bool  # every object of the table, or the common ones
     text_tokens: int
     batch: int
@@ -39,19 +40,20 @@ class Scale:
 
 CPU = Scale(
     pixels=128,
+    patch=4,  # 16 image tokens: three times as many samples a second as with FLUX.1's 2
     large=False,
-    text_tokens=24,
-    batch=64,
+    text_tokens=20,
+    batch=96,
     transformer=FluxConfig(
-        image_width=48,
-        image_width_out=48,
+        image_width=192,
+        image_width_out=192,
         text_width=256,
         pooled_width=256,
-        width=256,
-        heads=4,
+        width=320,
+        heads=5,
         mlp_ratio=4,
         joint_blocks=2,
-        single_blocks=4,
+        single_blocks=3,
         axes=(8, 28, 28),
         theta=10_000,
         guidance_input=False,
@@ -65,7 +67,7 @@ CPU = Scale(
         layers=2,
         heads=4,
         mlp_width=768,
-        positions=24,
+        positions=20,
         quick_gelu=True,
         projection=None,
         end=END,
@@ -83,10 +85,11 @@ CPU = Scale(
 )
 GPU = Scale(
     pixels=256,
+    patch=2,
     large=True,
     text_tokens=32,
     batch=512,
-    transformer=replace(CPU.transformer, width=320, heads=5, joint_blocks=3, single_blocks=6, image_width=64, image_width_out=64),
+    transformer=replace(CPU.transformer, image_width=64, image_width_out=64, single_blocks=6),
     t5=replace(CPU.t5, vocabulary=4096, layers=3),
     clip=replace(CPU.clip, vocabulary=4096, layers=3, positions=32),
     vae=replace(CPU.vae, latent_channels=16, width=64, encoder_blocks=(1, 2, 2, 2), decoder_blocks=(3, 3, 3, 1)),
@@ -109,7 +112,11 @@ class Networks(nn.Module):
 
 @torch.no_grad()
 def initialise(networks: Networks) -> None:
-    """Normal weights of deviation 1/sqrt(width in), half-open gates, and an output that starts at zero."""
+    """Normal weights of deviation 1/sqrt(width in), half-open gates, and an output that starts at zero.
+
+    Queries and keys begin with biases as large as their weights' part. Rotated by position, these make attention
+    depend on where a token is from the first step on; at pure noise a token has no other way to know its place.
+    """
     for module in networks.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -137,6 +144,11 @@ def initialise(networks: Networks) -> None:
             layer.weight.mul_(0.2)
             layer.bias.view(rows, width)[2::3] = 0.5  # gates
     transformer.modulation.out.weight.mul_(0.2)
+    for block in transformer.joint:
+        for stream in (block.image, block.text):
+            nn.init.normal_(stream.qkv.bias[: 2 * width])
+    for block in transformer.single:
+        nn.init.normal_(block.inward.bias[: 2 * width])
     nn.init.zeros_(transformer.out.weight)
 
 

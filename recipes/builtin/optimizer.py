@@ -69,11 +69,27 @@ def _whole(blocks: Tensor, shape: torch.Size) -> Tensor:
     return blocks.reshape(shape) if rows >= columns else blocks.transpose(0, 1).reshape(shape)
 
 
+EMBEDDING_BOOST = 8.0  # a word is seen in few batches, so its embedding takes longer steps
+
+
 def optimizers(networks: nn.Module, muon_rate: float, adam_rate: float) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon takes the matrices inside blocks and layers; embeddings, inputs, outputs, modulation and vectors take AdamW."""
+    """Muon for the matrices inside blocks and layers; AdamW for embeddings, inputs, outputs, modulation and vectors.
+
+    Each group carries its own full rate as "rate".
+    """
     matrices: list[nn.Parameter] = []
+    embeddings: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in networks.named_parameters():
         inside = any(part in name for part in (".joint.", ".single.", ".layers.")) and "modulation" not in name
-        (matrices if inside and splits(parameter) else others).append(parameter)
-    return Muon(matrices, muon_rate), torch.optim.AdamW(others, adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        if inside and splits(parameter):
+            matrices.append(parameter)
+        else:
+            (embeddings if ".tokens." in name else others).append(parameter)
+    groups = [
+        {"params": others, "lr": adam_rate, "rate": adam_rate},
+        {"params": embeddings, "lr": adam_rate, "rate": EMBEDDING_BOOST * adam_rate},
+    ]
+    muon = Muon(matrices, muon_rate)
+    muon.param_groups[0]["rate"] = muon_rate
+    return muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)

@@ -47,8 +47,8 @@ class Stage:
 
 
 CURRICULUM = (
-    Stage(until=0.35, varieties=((FIXED, 1.0),), pure=0.5, noisy=1.5),
-    Stage(until=0.60, varieties=((FIXED, 0.4), (VARIED, 0.6)), pure=0.15, noisy=1.2),
+    Stage(until=0.45, varieties=((FIXED, 1.0),), pure=0.6, noisy=1.5),
+    Stage(until=0.65, varieties=((FIXED, 0.4), (VARIED, 0.6)), pure=0.15, noisy=1.2),
     Stage(until=1.00, varieties=((FIXED, 0.15), (VARIED, 0.35), (FREE, 0.5)), pure=0.05, noisy=0.9),
 )
 
@@ -66,7 +66,7 @@ class Plan:
 
 
 PLANS = {
-    "cpu": Plan(steps=2700, warm=60, decay=0.35, muon_rate=4e-3, adam_rate=1.5e-3, average=0.995),
+    "cpu": Plan(steps=1700, warm=40, decay=0.35, muon_rate=6e-3, adam_rate=1.5e-3, average=0.99),
     "gpu": Plan(steps=12000, warm=200, decay=0.4, muon_rate=4e-3, adam_rate=1.5e-3, average=0.999),
 }
 
@@ -90,16 +90,18 @@ def _padded(ids: list[int], length: int) -> list[int]:
     return ids + [PAD] * (length - len(ids))
 
 
-def flow_loss(networks: Networks, latents: Tensor, ids: tuple[Tensor, Tensor], sigma: Tensor) -> Tensor:
+def flow_loss(
+    networks: Networks, latents: Tensor, ids: tuple[Tensor, Tensor], sigma: Tensor, patch: int
+) -> Tensor:
     """Each sample's mean squared error of the velocity (noise - clean) at its own level (Lipman et al. 2022)."""
     noise = torch.randn_like(latents)
     level = sigma[:, None, None, None]
     noisy = (1 - level) * latents + level * noise
-    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
+    rows, columns = latents.shape[2] // patch, latents.shape[3] // patch
     text, pooled = networks.t5(ids[0]), networks.clip(ids[1]).pooled
     prepared = networks.transformer.prepare(text, pooled, None, sigma[None], rows, columns)
-    velocity = networks.transformer(to_tokens(noisy), prepared, 0)
-    return (velocity - to_tokens(noise - latents)).square().mean((1, 2))
+    velocity = networks.transformer(to_tokens(noisy, patch), prepared, 0)
+    return (velocity - to_tokens(noise - latents, patch)).square().mean((1, 2))
 
 
 class Batches:
@@ -166,13 +168,13 @@ def main() -> None:
         stage = next(stage for stage in CURRICULUM if step < stage.until * plan.steps)
         latents, ids, sigma = batches(rng, stage)
         share = rate_at(plan, step)
-        for optimizer, rate in ((muon, plan.muon_rate), (adam, plan.adam_rate)):
+        for optimizer in (muon, adam):
             for group in optimizer.param_groups:
-                group["lr"] = rate * share
+                group["lr"] = group["rate"] * share
             optimizer.zero_grad()
-        losses = loss_of(networks, latents, ids, sigma)
+        losses = loss_of(networks, latents, ids, sigma, scale.patch)
         losses.mean().backward()
-        torch.nn.utils.clip_grad_norm_(adam.param_groups[0]["params"], 1.0)
+        torch.nn.utils.clip_grad_norm_([p for group in adam.param_groups for p in group["params"]], 1.0)
         muon.step()
         adam.step()
         step += 1
@@ -180,10 +182,10 @@ def main() -> None:
         with torch.no_grad():
             for kept, new in zip(averaged.parameters(), networks.parameters(), strict=True):
                 kept.lerp_(new, 1 - keep)
-        if step % 10 == 0:
+        if step % 2 == 0:
             high.append(float(losses.detach()[sigma > 0.9].mean()))
             low.append(float(losses.detach()[sigma <= 0.9].mean()))
-        if step % 50 == 0:
+        if step % 25 == 0:
             now = time.monotonic()
             print(
                 json.dumps(
@@ -191,7 +193,7 @@ def main() -> None:
                         "step": step,
                         "loss at noise > 0.9": round(float(np.nanmean(high)), 4),
                         "below": round(float(np.nanmean(low)), 4),
-                        "samples/s": round(50 * scale.batch / (now - told), 1),
+                        "samples/s": round(25 * scale.batch / (now - told), 1),
                     }
                 ),
                 flush=True,

@@ -77,7 +77,7 @@ def stream(model: FamilyModel[C], request: Request, *, batched_guidance: bool = 
                 yield Progress(
                     picture=k,
                     pictures=job.count,
-                    step=step.number + 1,
+                    step=step.number,
                     steps=step.total,
                     preview=lambda clean=step.clean: _preview(model, clean),
                 )
@@ -95,12 +95,13 @@ def _denoiser(
         return model.denoiser(positive, asked, job)
     if batched:
         pair = model.denoiser(model.pair(positive, negative), asked, job)
-        return guided_pair(pair, job.cfg_scale, job.cfg_rescale)
+        return guided_pair(pair, job.cfg_scale, job.cfg_rescale, model.prediction)
     return guided(
         model.denoiser(positive, asked, job),
         model.denoiser(negative, asked, job),
         job.cfg_scale,
         job.cfg_rescale,
+        model.prediction,
     )
 
 

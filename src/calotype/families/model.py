@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from calotype.request import Defaults, Job
+from calotype.sampling.guidance import Prediction
 from calotype.sampling.levels import Level, Levels
 from calotype.sampling.samplers import Denoise, Noise
 
@@ -20,6 +21,7 @@ class FamilyModel(ABC, Generic[C]):
     """A family's networks, ready to run. `C` is the family's conditioning: a typed tuple of tensors."""
 
     family: str  # as in data: flux, sd1, ...
+    prediction: Prediction  # what the backbone predicts
     variant: str  # dev, schnell, ...
     source: str  # where it was loaded from, for metadata
     defaults: Defaults

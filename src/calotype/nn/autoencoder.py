@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from calotype.nn.attention import attention
+from calotype.nn.linear import Linear
 
 GROUPS = 32
 
@@ -52,10 +53,10 @@ class SpatialAttention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(GROUPS, width, eps=1e-6)
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.k = Linear(width, width)
+        self.v = Linear(width, width)
+        self.out = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.norm(x), "b c h w -> b 1 (h w) c")

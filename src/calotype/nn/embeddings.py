@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from calotype.nn.linear import Linear
+
 
 def sinusoid(values: Tensor, width: int, *, period: float = 10_000.0) -> Tensor:
     """Cosines then sines of `values` (any shape) at width/2 geometric frequencies: (..., width), float32.
@@ -24,8 +26,8 @@ class Embedder(nn.Module):
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        self.inner = nn.Linear(width_in, width)
-        self.outer = nn.Linear(width, width)
+        self.inner = Linear(width_in, width)
+        self.outer = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(nn.functional.silu(self.inner(x)))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calotype.nn.attention import attention, split_heads
+from calotype.nn.linear import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +61,13 @@ class Layer(nn.Module):
         self.heads = config.heads
         self.quick_gelu = config.quick_gelu
         self.attention_norm = nn.LayerNorm(config.width)
-        self.q = nn.Linear(config.width, config.width)
-        self.k = nn.Linear(config.width, config.width)
-        self.v = nn.Linear(config.width, config.width)
-        self.attention_out = nn.Linear(config.width, config.width)
+        self.q = Linear(config.width, config.width)
+        self.k = Linear(config.width, config.width)
+        self.v = Linear(config.width, config.width)
+        self.attention_out = Linear(config.width, config.width)
         self.mlp_norm = nn.LayerNorm(config.width)
-        self.mlp_in = nn.Linear(config.width, config.mlp_width)
-        self.mlp_out = nn.Linear(config.mlp_width, config.width)
+        self.mlp_in = Linear(config.width, config.mlp_width)
+        self.mlp_out = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.attention_norm(x)
@@ -87,7 +88,7 @@ class ClipEncoder(nn.Module):
         self.positions = nn.Embedding(config.positions, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
-        self.projection = nn.Linear(config.width, config.projection, bias=False) if config.projection else None
+        self.projection = Linear(config.width, config.projection, bias=False) if config.projection else None
 
     def forward(self, ids: Tensor) -> ClipStates:
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]

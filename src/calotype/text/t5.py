@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from calotype.nn.attention import attention, split_heads
+from calotype.nn.linear import Linear
 from calotype.nn.norms import RMSNorm
 
 
@@ -52,14 +53,14 @@ class Layer(nn.Module):
         inner = config.heads * config.head_width
         self.heads = config.heads
         self.attention_norm = RMSNorm(config.width)
-        self.q = nn.Linear(config.width, inner, bias=False)
-        self.k = nn.Linear(config.width, inner, bias=False)
-        self.v = nn.Linear(config.width, inner, bias=False)
-        self.attention_out = nn.Linear(inner, config.width, bias=False)
+        self.q = Linear(config.width, inner, bias=False)
+        self.k = Linear(config.width, inner, bias=False)
+        self.v = Linear(config.width, inner, bias=False)
+        self.attention_out = Linear(inner, config.width, bias=False)
         self.mlp_norm = RMSNorm(config.width)
-        self.mlp_gate = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.mlp_in = nn.Linear(config.width, config.mlp_width, bias=False)
-        self.mlp_out = nn.Linear(config.mlp_width, config.width, bias=False)
+        self.mlp_gate = Linear(config.width, config.mlp_width, bias=False)
+        self.mlp_in = Linear(config.width, config.mlp_width, bias=False)
+        self.mlp_out = Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         y = self.attention_norm(x)

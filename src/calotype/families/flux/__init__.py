@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -17,20 +18,20 @@ from calotype.families.model import FamilyModel
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
-from calotype.sampling.levels import FLOW_SCHEDULES, Level, Levels
+from calotype.sampling.levels import FLOW_SCHEDULES, Level, Levels, dynamic_shift
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 from calotype.text.clip import ClipEncoder
 from calotype.text.t5 import T5Encoder
 from calotype.text.tokenizers import PromptTokenizer
 
 LATENT_GRAIN = 8  # pixels a side of one latent
-TOKEN_GRAIN = 16  # pixels a side of one image token
 
 
 class FluxModel(FamilyModel[FluxConditioning]):
     """FLUX.1 dev, schnell, their fine-tunes, and small models of the same architecture."""
 
     family = "flux"
+    prediction = "flow"
 
     def __init__(
         self,
@@ -54,7 +55,9 @@ class FluxModel(FamilyModel[FluxConditioning]):
         self.clip_tokenizer = clip_tokenizer
         self.t5_tokenizer = t5_tokenizer
         self.sampling = sampling
-        self.defaults = defaults
+        # Latents a side of one image token: 2 in FLUX.1 itself.
+        self.patch = math.isqrt(transformer.config.image_width_out // vae.config.latent_channels)
+        self.defaults = replace(defaults, grain=LATENT_GRAIN * self.patch)
         self.variant = variant
         self.source = source
         self.device = device
@@ -75,7 +78,7 @@ class FluxModel(FamilyModel[FluxConditioning]):
         return joined(positive, negative)
 
     def levels(self, job: Job) -> Levels:
-        return FLOW_SCHEDULES[job.schedule](job.steps, self.shift(job))
+        return FLOW_SCHEDULES[job.schedule](job.steps, self.shift(job), 1.0)
 
     def shift(self, job: Job) -> float:
         """The job's own shift, or the checkpoint's: fixed, or growing with the number of image tokens."""
@@ -84,9 +87,11 @@ class FluxModel(FamilyModel[FluxConditioning]):
         settings = self.sampling
         if not settings.dynamic:
             return settings.shift
-        tokens = job.size.tokens(TOKEN_GRAIN)
-        slope = (settings.max_shift - settings.base_shift) / (settings.max_tokens - settings.base_tokens)
-        return math.exp(settings.base_shift + slope * (tokens - settings.base_tokens))
+        return dynamic_shift(
+            job.size.tokens(self.defaults.grain),
+            (settings.base_tokens, settings.base_shift),
+            (settings.max_tokens, settings.max_shift),
+        )
 
     def noise_shape(self, job: Job) -> tuple[int, ...]:
         channels = self.vae.config.latent_channels
@@ -98,7 +103,8 @@ class FluxModel(FamilyModel[FluxConditioning]):
     def denoiser(self, conditioning: FluxConditioning, levels: Sequence[Level], job: Job) -> Denoise:
         network = self.transformer
         number = {level.time: i for i, level in enumerate(levels)}
-        rows, columns = job.height // TOKEN_GRAIN, job.width // TOKEN_GRAIN
+        grain, patch = self.defaults.grain, self.patch
+        rows, columns = job.height // grain, job.width // grain
         prepared = network.prepare(
             conditioning.text,
             conditioning.pooled,
@@ -109,8 +115,8 @@ class FluxModel(FamilyModel[FluxConditioning]):
         )
 
         def denoise(x: Tensor, level: Level) -> Tensor:
-            tokens = network(to_tokens(x), prepared, number[level.time])
-            velocity = to_latent(tokens.float(), rows, columns)
+            tokens = network(to_tokens(x, patch), prepared, number[level.time])
+            velocity = to_latent(tokens.float(), rows, columns, patch)
             # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
             return x - level.sigma * velocity
 
@@ -137,7 +143,7 @@ def defaults(*, steps: int, embedded_guidance: float | None, text_tokens: int, s
     return Defaults(
         width=size,
         height=size,
-        grain=TOKEN_GRAIN,
+        grain=2 * LATENT_GRAIN,
         steps=steps,
         cfg_scale=1.0,
         embedded_guidance=embedded_guidance,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from calotype.families.flux.config import FluxConfig
 from calotype.nn.attention import attention
 from calotype.nn.embeddings import Embedder, sinusoid
+from calotype.nn.linear import Linear
 from calotype.nn.norms import RMSNorm, modulated
 from calotype.nn.rope import rope_table, rotate
 
@@ -31,10 +32,10 @@ class Modulation(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         d = config.width
-        self.joint_image = nn.ModuleList(nn.Linear(d, 6 * d) for _ in range(config.joint_blocks))
-        self.joint_text = nn.ModuleList(nn.Linear(d, 6 * d) for _ in range(config.joint_blocks))
-        self.single = nn.ModuleList(nn.Linear(d, 3 * d) for _ in range(config.single_blocks))
-        self.out = nn.Linear(d, 2 * d)
+        self.joint_image = nn.ModuleList(Linear(d, 6 * d) for _ in range(config.joint_blocks))
+        self.joint_text = nn.ModuleList(Linear(d, 6 * d) for _ in range(config.joint_blocks))
+        self.single = nn.ModuleList(Linear(d, 3 * d) for _ in range(config.single_blocks))
+        self.out = Linear(d, 2 * d)
 
     def forward(self, vector: Tensor) -> ModulationTable:
         """(t b d) -> a table of t b 1 d rows."""
@@ -75,12 +76,12 @@ class Stream(nn.Module):
         super().__init__()
         d = config.width
         self.heads = config.heads
-        self.qkv = nn.Linear(d, 3 * d)
+        self.qkv = Linear(d, 3 * d)
         self.q_norm = RMSNorm(d // config.heads)
         self.k_norm = RMSNorm(d // config.heads)
-        self.attention_out = nn.Linear(d, d)
-        self.mlp_in = nn.Linear(d, config.mlp_ratio * d)
-        self.mlp_out = nn.Linear(config.mlp_ratio * d, d)
+        self.attention_out = Linear(d, d)
+        self.mlp_in = Linear(d, config.mlp_ratio * d)
+        self.mlp_out = Linear(config.mlp_ratio * d, d)
 
     def heads_of(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, b h n d/h."""
@@ -126,8 +127,8 @@ class SingleBlock(nn.Module):
         d = config.width
         self.heads = config.heads
         self.widths = (3 * d, config.mlp_ratio * d)
-        self.inward = nn.Linear(d, sum(self.widths))
-        self.outward = nn.Linear(d + config.mlp_ratio * d, d)
+        self.inward = Linear(d, sum(self.widths))
+        self.outward = Linear(d + config.mlp_ratio * d, d)
         self.q_norm = RMSNorm(d // config.heads)
         self.k_norm = RMSNorm(d // config.heads)
 
@@ -146,15 +147,15 @@ class FluxNetwork(nn.Module):
         super().__init__()
         self.config = config
         d = config.width
-        self.image_in = nn.Linear(config.image_width, d)
-        self.text_in = nn.Linear(config.text_width, d)
+        self.image_in = Linear(config.image_width, d)
+        self.text_in = Linear(config.text_width, d)
         self.time_in = Embedder(TIME_WIDTH, d)
         self.pooled_in = Embedder(config.pooled_width, d)
         self.guidance_in = Embedder(TIME_WIDTH, d) if config.guidance_input else None
         self.modulation = Modulation(config)
         self.joint = nn.ModuleList(JointBlock(config) for _ in range(config.joint_blocks))
         self.single = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
-        self.out = nn.Linear(d, config.image_width_out)
+        self.out = Linear(d, config.image_width_out)
 
     def prepare(
         self, text: Tensor, pooled: Tensor, guidance: float | None, times: Tensor, rows: int, columns: int
@@ -208,11 +209,11 @@ def positions(text: int, rows: int, columns: int, device: torch.device | None = 
     return torch.cat([torch.zeros(text, 3, device=device), grid.flatten(0, 1)])
 
 
-def to_tokens(latent: Tensor) -> Tensor:
-    """2x2 patches: (b c 2h 2w) -> (b h*w 4c)."""
-    return rearrange(latent, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+def to_tokens(latent: Tensor, patch: int) -> Tensor:
+    """Square patches as tokens: (b c h*p w*p) -> (b h*w c*p*p)."""
+    return rearrange(latent, "b c (h p) (w q) -> b (h w) (c p q)", p=patch, q=patch)
 
 
-def to_latent(tokens: Tensor, rows: int, columns: int) -> Tensor:
+def to_latent(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
     """The inverse of `to_tokens`."""
-    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=2, q=2)
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, w=columns, p=patch, q=patch)

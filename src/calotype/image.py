@@ -1,0 +1,155 @@
+"""Pictures in and out: tensors, files, and the metadata that lets a picture be drawn again."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from calotype.errors import MetadataError, OutputError, RequestError
+from calotype.request import Job, Request
+from calotype.version import VERSION
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 64_000_000  # Pillow itself would decode almost three times as many before it objects
+KEY = "calotype"  # the PNG text chunk with everything, as JSON
+A1111_KEY = "parameters"  # the one that other programs read
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """3 h w in 0..1 (clipped) -> 8 bit RGB, rounded to nearest."""
+    from numpy import uint8
+
+    levels = picture.detach().float().clamp(0, 1).mul(255).round().permute(1, 2, 0)
+    return Image.fromarray(levels.cpu().numpy().astype(uint8))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """RGB picture -> float32 3 h w in 0..1."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A user's picture, fully decoded. Only PNG, JPEG and WebP of at most 64 million pixels are read.
+
+    Raises RequestError naming the file and what is wrong with it; the size is checked before anything is decoded.
+    """
+    allowed = f"a PNG, JPEG or WebP file of at most {MOST_PIXELS:,} pixels"
+    try:
+        picture = Image.open(path, formats=FORMATS)
+        if picture.width * picture.height > MOST_PIXELS:
+            raise RequestError("picture", f"{path} ({picture.width}x{picture.height})", allowed)
+        picture.load()
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError("picture", f"{path} ({error})", allowed) from error
+    return picture
+
+
+def embed_metadata(picture: Image.Image, job: Job, *, model: str, source: str) -> None:
+    """Note in `picture.info` what made it, as `save` writes it: an A1111 `parameters` text and a `calotype` JSON."""
+    picture.info[A1111_KEY] = a1111_parameters(job, model)
+    picture.info[KEY] = json.dumps(
+        {"version": VERSION, "model": model, "source": source, "job": asdict(job)}, ensure_ascii=False
+    )
+
+
+def a1111_parameters(job: Job, model: str) -> str:
+    """The three-part text that A1111 introduced and most programs and sites can read."""
+    settings: dict[str, object] = {
+        "Steps": job.steps,
+        "Sampler": job.sampler,
+        "Schedule type": job.schedule,
+        "CFG scale": f"{job.cfg_scale:g}",
+        "Distilled CFG Scale": None if job.embedded_guidance is None else f"{job.embedded_guidance:g}",
+        "Seed": job.seed,
+        "Size": f"{job.width}x{job.height}",
+        "Model": model,
+        "Version": f"Calotype {VERSION}",
+    }
+    lines = [job.prompt]
+    if job.negative_prompt:
+        lines.append(f"Negative prompt: {job.negative_prompt}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+    return "\n".join(lines)
+
+
+def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
+    """The request that drew a picture, and the record it comes from (version, model, source, job).
+
+    Raises MetadataError where the file holds none, or none that can be read; RequestError for what is no picture.
+    """
+    picture = open_picture(path)
+    text = picture.info.get(KEY)
+    if not isinstance(text, str):
+        raise MetadataError(f"{path}: no `{KEY}` text in the file; only PNGs that Calotype wrote can be repeated")
+    try:
+        record = json.loads(text)
+        job = record["job"]
+        assert isinstance(job, dict)
+    except (json.JSONDecodeError, KeyError, TypeError, AssertionError) as error:
+        raise MetadataError(f"{path}: its `{KEY}` text is damaged ({error}); nothing can be read from it") from error
+    return Request.from_dict({name: value for name, value in job.items() if value is not None}), record
+
+
+def check_writable(path: Path) -> None:
+    """Raise OutputError now, before any work, if a file could not be written at `path`."""
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"{path}: not writable; choose another place with --out")
+
+
+def save(picture: Image.Image, path: str | Path) -> None:
+    """Write a picture with its metadata: a temporary file in the same folder, then a rename, so never half a file.
+
+    The ending names the format; metadata is kept in PNG. Raises OutputError if it cannot be written.
+    """
+    path = Path(path)
+    check_writable(path)
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise OutputError(f"{path}: unknown kind of picture {path.suffix!r}; use .png, .jpg or .webp")
+    options: Mapping[str, Any] = {"pnginfo": _text_chunks(picture)} if path.suffix.lower() == ".png" else {"quality": 95}
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], **options)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OutputError(f"{path}: could not be written ({error})") from error
+        raise
+
+
+def _text_chunks(picture: Image.Image) -> PngInfo:
+    chunks = PngInfo()
+    for key in (A1111_KEY, KEY):
+        if key in picture.info:
+            chunks.add_itxt(key, str(picture.info[key]))
+    return chunks
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
