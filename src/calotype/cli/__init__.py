@@ -1,0 +1,1 @@
+"""The command line. Nothing below this package knows of it, and torch comes in only where a command needs it."""

@@ -1,0 +1,298 @@
+"""`calotype generate`: a prompt becomes files."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import unicodedata
+from collections.abc import Generator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+import typer
+
+from calotype.errors import OutputError
+from calotype.image import check_writable, read_metadata, save
+from calotype.request import Request
+
+if TYPE_CHECKING:
+    from calotype.generate import Model, Progress
+
+BUILT_IN = "built-in"  # the source that the built-in model's pictures name
+SLUG_BYTES = 100
+
+
+def _option(panel: str, metavar: str, text: str) -> Any:
+    return typer.Option(metavar=metavar, help=text, rich_help_panel=panel, show_default=False)
+
+
+_picture, _sampling, _model, _output = (partial(_option, panel) for panel in ("Picture", "Sampling", "Model", "Output"))
+
+
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)] = None,
+    negative_prompt: Annotated[str | None, _picture("TEXT", "What to steer away from, with --cfg-scale.")] = None,
+    width: Annotated[int | None, _picture("PIXELS", "Width.")] = None,
+    height: Annotated[int | None, _picture("PIXELS", "Height.")] = None,
+    seed: Annotated[int | None, _picture("N", "Same seed, same picture. Random if not given.")] = None,
+    count: Annotated[int | None, _picture("N", "How many pictures: from seed, seed + 1, ...")] = None,
+    like: Annotated[
+        Path | None, _picture("PNG", "Repeat a picture that Calotype wrote; other options change what they name.")
+    ] = None,
+    steps: Annotated[int | None, _sampling("N", "Sampling steps.")] = None,
+    cfg_scale: Annotated[float | None, _sampling("X", "Classifier-free guidance, in two passes; 1 is without.")] = None,
+    cfg_rescale: Annotated[float | None, _sampling("X", "0 to 1: against the glare of a high --cfg-scale.")] = None,
+    embedded_guidance: Annotated[float | None, _sampling("X", "The guidance input of FLUX.1 dev.")] = None,
+    sampler: Annotated[str | None, _sampling("NAME", "One that `calotype models` lists.")] = None,
+    schedule: Annotated[str | None, _sampling("NAME", "One that `calotype models` lists.")] = None,
+    shift: Annotated[float | None, _sampling("X", "How far the schedule leans to noise.")] = None,
+    text_tokens: Annotated[int | None, _sampling("N", "Length of the T5 sequence.")] = None,
+    model: Annotated[
+        list[str] | None, _model("SOURCE", "File, folder or hub id; repeat it for parts. If not given: the built-in.")
+    ] = None,
+    device: Annotated[str | None, _model("NAME", "cpu, cuda, cuda:1, mps, ...")] = None,
+    dtype: Annotated[str | None, _model("NAME", "float32, bfloat16 or float16.")] = None,
+    memory: Annotated[str, _model("MODE", "auto, or resident: all weights are read at once.")] = "auto",
+    out: Annotated[
+        str | None,
+        _output(
+            "PATH",
+            "A file is overwritten (PNG keeps the settings, .jpg and .webp do not); with --count it becomes -1, -2, "
+            "... In a folder (end with / to make it), or without --out here, files are named after prompt and seed, "
+            "and none is overwritten.",
+        ),
+    ] = None,
+    preview: Annotated[Path | None, _output("FILE", "Rewrite this small picture at each step.")] = None,
+    progress: Annotated[
+        bool | None,
+        typer.Option(
+            "--progress/--no-progress",
+            help="Steps on stderr; by default where that is a terminal.",
+            rich_help_panel="Output",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Draw pictures and print their paths. What is not given follows the model.
+
+    calotype generate "a red fox in the snow" --seed 7
+
+    calotype generate --like a-red-fox-in-the-snow-7.png --seed 8
+
+    calotype generate "a lighthouse" --model flux1-dev.safetensors --model ae.safetensors
+    --model text_encoder/ --model text_encoder_2/
+    """
+    # Options carry the names of Request's fields, so that one added there cannot be forgotten here.
+    values = {field.name: context.params[field.name] for field in fields(Request)}
+    given = {name: value for name, value in values.items() if value is not None}
+    sources, drawn_by = model or [], None
+    if like is not None:
+        old, record = read_metadata(like)
+        request = replace(old, **given)
+        sources = sources or _sources(record)
+        drawn_by = str(record.get("model"))
+    elif prompt is None:
+        raise typer.BadParameter("give a PROMPT, or --like PNG to repeat a picture")
+    else:
+        request = Request.from_dict(given)
+    target = Target.of(out, request.count)
+    if preview is not None:
+        check_writable(preview)
+    show = _show(progress)
+    with show.waiting(f"loading {', '.join(sources) or 'the built-in model'}") if _local(sources) else nullcontext():
+        from calotype.loading import load
+
+        loaded = load(*sources, device=device, dtype=dtype, memory=memory)
+    if drawn_by is not None and drawn_by != loaded.name:
+        request = _adapted(request, loaded, given, f"{like} was drawn by {drawn_by}; this is {loaded.name}")
+    cfg_scale = loaded.family.defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
+    if request.negative_prompt and cfg_scale == 1:
+        _note("negative_prompt has no effect where cfg_scale is 1")
+    draw(loaded, request, target, preview, show)
+
+
+def draw(model: Model[Any], request: Request, target: Target, preview: Path | None, show: Show) -> None:
+    """Run a request, write each picture as it is finished, and print its path."""
+    from calotype.generate import Progress
+
+    with closing(model.stream(request)) as events:
+        for number in range(request.count):
+            with show.picture(number, request.count) as step:
+                for event in events:
+                    if not isinstance(event, Progress):
+                        break
+                    step(event)
+                    if preview is not None:
+                        save(event.preview(), preview)
+                else:
+                    raise AssertionError("the stream ended before its last picture")
+                path = target.path(number, request.prompt, event.seed)
+                save(event.image, path)
+            # The bar is gone: stdout may be the same terminal.
+            typer.echo(path)
+
+
+def _sources(record: dict[str, Any]) -> list[str]:
+    """The sources that a picture's record names, as `load` takes them: none for the built-in model."""
+    source = str(record.get("source") or BUILT_IN)
+    if source == BUILT_IN:
+        return []
+    return [source] if Path(source).exists() else source.split(", ")
+
+
+def _adapted(request: Request, model: Model[Any], given: dict[str, Any], why: str) -> Request:
+    """An old picture's request for another model: what that one cannot take is left out, and said."""
+    carried = request.embedded_guidance is not None and "embedded_guidance" not in given
+    if carried and model.family.defaults.embedded_guidance is None:
+        request = replace(request, embedded_guidance=None)
+        why += ", which has no guidance input: embedded_guidance is left out"
+    _note(why)
+    return request
+
+
+def _note(text: str) -> None:
+    typer.echo(f"calotype: note: {text}", err=True)
+
+
+def _local(sources: list[str]) -> bool:
+    """Whether loading asks nobody else: the hub shows a progress of its own."""
+    return all(Path(source).expanduser().exists() for source in sources)
+
+
+class Target:
+    """Where pictures go. Everything that can be known before the work is checked before it, by `of`."""
+
+    def __init__(self, folder: Path, files: tuple[Path, ...] = ()) -> None:
+        self.folder = folder
+        self.files = files
+
+    @classmethod
+    def of(cls, out: str | None, count: int) -> Target:
+        """The place that `--out` means. A path with a slash at its end is a folder, made if need be.
+
+        Raises OutputError if pictures could not be written there.
+        """
+        path = Path(out or ".")
+        if out and out.endswith(("/", os.sep)):
+            try:
+                path.mkdir(exist_ok=True)
+            except OSError as error:
+                raise OutputError(f"{path}: the folder could not be made ({error})") from error
+        if path.is_dir():
+            check_writable(path / "picture.png")
+            return cls(path)
+        files = (path,)
+        if count > 1:
+            files = tuple(path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, count + 1))
+        for file in files:
+            check_writable(file)
+        return cls(path.parent, files)
+
+    def path(self, number: int, prompt: str, seed: int) -> Path:
+        """Where picture `number` (from 0) goes: its own file, or a new name in the folder."""
+        if self.files:
+            return self.files[number]
+        stem = f"{slug(prompt)}-{seed}"
+        path, copy = self.folder / f"{stem}.png", 1
+        while path.exists():
+            copy += 1
+            path = self.folder / f"{stem}-{copy}.png"
+        return path
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name: letters and digits, joined by hyphens, cut at a word."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFC", prompt[:1000]).lower().replace("_", " "))
+    name = ""
+    for word in words:
+        longer = f"{name}-{word}" if name else word
+        if len(longer.encode()) > SLUG_BYTES:
+            break
+        name = longer
+    return name or (words[0].encode()[:SLUG_BYTES].decode(errors="ignore") if words else "picture")
+
+
+class Stepper(Protocol):
+    def __call__(self, event: Progress) -> None: ...
+
+
+class Show:
+    """Progress for nobody: what a script sees on stderr."""
+
+    @contextmanager
+    def waiting(self, what: str) -> Generator[None, None, None]:
+        """Something without a known length happens inside the block."""
+        yield
+
+    @contextmanager
+    def picture(self, number: int, count: int) -> Generator[Stepper, None, None]:
+        """One picture is drawn inside the block, which reports its steps."""
+        yield lambda event: None
+
+
+class Lines(Show):
+    """Progress for a log: a line each."""
+
+    @contextmanager
+    def waiting(self, what: str) -> Generator[None, None, None]:
+        typer.echo(what, err=True)
+        yield
+
+    @contextmanager
+    def picture(self, number: int, count: int) -> Generator[Stepper, None, None]:
+        yield lambda event: typer.echo(f"picture {number + 1}/{count}: step {event.step}/{event.steps}", err=True)
+
+
+class Bars(Show):
+    """Progress for a terminal: a bar that is gone when its picture is there."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True)
+
+    @contextmanager
+    def waiting(self, what: str) -> Generator[None, None, None]:
+        from rich.markup import escape
+
+        with self.console.status(escape(what)):
+            yield
+
+    @contextmanager
+    def picture(self, number: int, count: int) -> Generator[Stepper, None, None]:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        name = f"picture {number + 1} of {count}" if count > 1 else "drawing"
+        with Bar(*columns, console=self.console, transient=True, redirect_stdout=False) as bar:
+            task = bar.add_task("reading the prompt" if number == 0 else name, total=None)
+
+            def step(event: Progress) -> None:
+                done = event.step == event.steps
+                bar.update(
+                    task,
+                    description="decoding" if done else name,
+                    completed=event.step,
+                    total=event.steps,
+                )
+
+            yield step
+
+
+def _show(wanted: bool | None) -> Show:
+    terminal = sys.stderr.isatty()
+    if wanted is False or (wanted is None and not terminal):
+        return Show()
+    return Bars() if terminal else Lines()
