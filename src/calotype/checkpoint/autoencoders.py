@@ -60,7 +60,12 @@ def diffusers_table(config: AutoencoderConfig) -> Table:
             *_residual(f"{middle}.resnets.0", f"{side}.middle.first", "conv_shortcut"),
             *_residual(f"{middle}.resnets.1", f"{side}.middle.second", "conv_shortcut"),
         ]
-        old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
+        old = {
+            "query": "to_q",
+            "key": "to_k",
+            "value": "to_v",
+            "proj_attn": "to_out.0",
+        }  # before diffusers 0.15
         aliases += [Alias(f"{attention}.{a}.*", f"{attention}.{b}.*") for a, b in old.items()]
     rules += [
         *_residual("encoder.down_blocks.{i}.resnets.{j}", "encoder.levels.{i}.blocks.{j}", "conv_shortcut"),
@@ -78,9 +83,7 @@ def _config(evidence: Evidence, level: str, block: str) -> AutoencoderConfig:
     levels = evidence.count(level + ".")
     return AutoencoderConfig(
         latent_channels=evidence.size("decoder.conv_in.weight", 1),
-        widths=tuple(
-            evidence.size(f"{level}.{block}.0.conv1.weight".replace("{i}", str(i))) for i in range(levels)
-        ),
+        widths=tuple(evidence.size(f"{level}.{block}.0.conv1.weight".replace("{i}", str(i))) for i in range(levels)),
         blocks=evidence.count(f"{level}.{block}.{{i}}.".replace("{i}", "0", 1)),
         quant_convs="quant_conv.weight" in evidence.weights,
         scale=float(evidence.settings.get("scaling_factor", 1.0)),
@@ -125,14 +128,19 @@ AUTOENCODER = Part(
     layouts=(
         Layout(
             name="original",
-            signature=Signature(has=("decoder.mid.attn_1.q.weight", "encoder.down.0.block.0.conv1.weight"), shapes=(PICTURES,)),
+            signature=Signature(
+                has=("decoder.mid.attn_1.q.weight", "encoder.down.0.block.0.conv1.weight"), shapes=(PICTURES,)
+            ),
             config=original_config,
             table=original_table,
         ),
         Layout(
             name="diffusers",
             signature=Signature(
-                has=("decoder.mid_block.attentions.0.group_norm.weight", "encoder.down_blocks.0.resnets.0.conv1.weight"),
+                has=(
+                    "decoder.mid_block.attentions.0.group_norm.weight",
+                    "encoder.down_blocks.0.resnets.0.conv1.weight",
+                ),
                 shapes=(PICTURES,),
             ),
             config=diffusers_config,
@@ -208,7 +216,9 @@ TINY_AUTOENCODER = Part(
         Layout(
             # Two files, taesd_encoder and taesd_decoder: their keys are given these prefixes when opened.
             name="taesd",
-            signature=Signature(has=("decoder.1.weight", "encoder.0.weight"), shapes=(("encoder.0.weight", (None, 3, 3, 3)),)),
+            signature=Signature(
+                has=("decoder.1.weight", "encoder.0.weight"), shapes=(("encoder.0.weight", (None, 3, 3, 3)),)
+            ),
             config=lambda evidence: tiny_config(evidence, "", 1),
             table=lambda config: tiny_table("vae/taesd", "", "+1"),
         ),

@@ -24,7 +24,7 @@ class Recognised:
 class Detected:
     """All that one file, or one set of shards, holds.
 
-    `rest` are the keys that belong to nothing recognised; `objections` say why it is not this or that, where nothing was.
+    `rest` are the keys that belong to nothing recognised; `objections` say, where nothing was, why.
     """
 
     weights: Weights
@@ -44,7 +44,9 @@ def detect(weights: Weights, parts: Sequence[Part[Any]], known: Iterable[Known],
     if attached is not None:
         return Detected(weights, attachment=attached, rest=tuple(weights))
 
-    candidates = [(part.name, layout.name, layout.signature, (part, layout)) for part in parts for layout in part.layouts]
+    candidates = [
+        (part.name, layout.name, layout.signature, (part, layout)) for part in parts for layout in part.layouts
+    ]
     candidates += [(item.part, item.layout, item.signature, item) for item in known]
     claims: list[tuple[str, Any]] = []
     markers: set[str] = set()

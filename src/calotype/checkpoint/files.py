@@ -243,7 +243,7 @@ class Weights(Mapping[str, Entry]):
             return
         assert out.is_contiguous()
         target = out if out.dtype == entry.dtype else torch.empty(out.shape, dtype=entry.dtype)
-        view = memoryview(target.reshape(-1).view(torch.uint8).numpy())
+        view = target.reshape(-1).view(torch.uint8).numpy().data
         row_bytes = (entry.stop - entry.start) // entry.shape[0] if entry.shape else 0
         with entry.file.path.open("rb", buffering=0) as file:
             file.seek(entry.start + row * row_bytes)

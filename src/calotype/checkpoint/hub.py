@@ -9,7 +9,13 @@ from calotype.checkpoint.sources import INDEX, read_json
 from calotype.errors import LoadError, SourceNotFound
 
 NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
-CONFIGURATION = ("config.json", "*.safetensors.index.json", "tokenizer*.json", "special_tokens_map.json", "vocab.json")
+CONFIGURATION = (
+    "config.json",
+    "*.safetensors.index.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "vocab.json",
+)
 SMALL = (*CONFIGURATION, "merges.txt", "spiece.model", "scheduler_config.json")
 
 
@@ -33,8 +39,8 @@ def fetch_model(name: str, folders: frozenset[str]) -> Path:
         return _download_folder(name, patterns)
     if _download_file(name, "config.json", optional=True) is None:
         raise SourceNotFound(
-            f"{name}: this hub model has neither {INDEX} nor config.json; download the file you want (hf download {name} "
-            "FILE) and give its path"
+            f"{name}: this hub model has neither {INDEX} nor config.json; download the file you want "
+            f"(hf download {name} FILE) and give its path"
         )
     return _download_folder(name, [*SMALL, "model*.safetensors", "diffusion_pytorch_model*.safetensors"])
 

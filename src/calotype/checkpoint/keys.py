@@ -25,11 +25,11 @@ from calotype.errors import MissingKeys, UnexpectedKeys, WrongShape
 
 
 class Span(NamedTuple):
-    """`count` rows at `theirs` in one of their tensors lie at `ours` in ours."""
+    """`height` rows at `theirs` in one of their tensors lie at `ours` in ours."""
 
     theirs: int
     ours: int
-    count: int
+    height: int
 
 
 class Source(NamedTuple):
@@ -234,7 +234,7 @@ class Binding:
             out = torch.empty(item.shape, dtype=target)
             for source in item.sources:
                 for span in source.spans:
-                    place = out[span.ours : span.ours + span.count] if item.shape else out
+                    place = out[span.ours : span.ours + span.height] if item.shape else out
                     weights.read(names[source.key], place, row=span.theirs)
             state[item.ours] = out
         return state
@@ -245,7 +245,7 @@ class Binding:
             value = state[item.ours]
             for source in item.sources:
                 spans = sorted(source.spans)
-                pieces = [value[span.ours : span.ours + span.count] for span in spans] if item.shape else [value]
+                pieces = [value[span.ours : span.ours + span.height] for span in spans] if item.shape else [value]
                 whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
                 yield source.key, whole.reshape(source.shape)
 

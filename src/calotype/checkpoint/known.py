@@ -81,7 +81,9 @@ def unet_family(shapes: Mapping[str, Shape]) -> str | None:
     """The family whose text the cross-attention of a UNet, or of something trained on one, takes."""
     joined = " ".join(key for key in shapes if "label_emb" in key or "add_embedding" in key)
     widths = {
-        shape[1] for key, shape in shapes.items() if "attn2" in key and "to_k" in key and len(shape) == 2 and shape[0] >= 320
+        shape[1]
+        for key, shape in shapes.items()
+        if "attn2" in key and "to_k" in key and len(shape) == 2 and shape[0] >= 320
     }
     if joined or 2048 in widths:
         return "sdxl"

@@ -20,7 +20,7 @@ Settings = Mapping[str, Any]  # a part's config.json, or what a single file's he
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """Evidence that a person can check: keys that are there, shapes that they have (None: any size), keys that are not."""
+    """Evidence that a person can check: keys there, shapes they have (None: any size), keys not there."""
 
     has: tuple[str, ...]
     shapes: tuple[tuple[str, tuple[int | None, ...]], ...] = ()
@@ -73,8 +73,17 @@ class Evidence:
         found = {int(match[1]) for key in self.weights if (match := pattern.match(key))}
         count = max(found, default=-1) + 1
         if count > 2 * len(found):
-            raise DamagedFile(f"{self.weights.source}: {name} is numbered up to {count - 1}, with only {len(found)} there")
+            raise DamagedFile(
+                f"{self.weights.source}: {name} is numbered up to {count - 1}, with only {len(found)} there"
+            )
         return count
+
+    def number(self, name: str, default: int) -> int:
+        """A whole number from the settings."""
+        value = self.settings.get(name, default)
+        if type(value) is not int:
+            raise DamagedFile(f"{self.weights.source}: config.json: {name} = {value!r} is not a whole number")
+        return value
 
     def refuse(self, what: str) -> UnsupportedModel:
         """The error for a setting that the networks here do not have."""
@@ -113,15 +122,12 @@ class Part(Generic[K]):
     def layout(self, name: str) -> Layout[K] | None:
         return next((layout for layout in self.layouts if layout.name == name), None)
 
-    def on_meta(self, config: K) -> nn.Module:
-        """The network without memory behind it."""
+    def bind(self, layout: Layout[K], config: K) -> tuple[nn.Module, Binding]:
+        """The network of a configuration, without memory behind it, and the layout's table for it."""
         with torch.device("meta"):
-            return self.network(config)
-
-    def bind(self, layout: Layout[K], config: K) -> Binding:
-        """The layout's table for the network of a configuration."""
-        state = self.on_meta(config).state_dict()
-        return layout.table(config).bind({key: tuple(tensor.shape) for key, tensor in state.items()})
+            network = self.network(config)
+        shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
+        return network, layout.table(config).bind(shapes)
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,20 @@ class Found(Generic[K]):
 
     def config(self, defaults: Settings | None = None) -> K:
         """The configuration that shapes and settings show; `defaults` are the family's own settings."""
-        return self.layout.config(Evidence(self.weights, {**(defaults or {}), **self.settings}, self.title))
+        try:
+            return self.layout.config(Evidence(self.weights, {**(defaults or {}), **self.settings}, self.title))
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise self._nonsense(error) from error
+
+    def bind(self, config: K) -> tuple[nn.Module, Binding]:
+        """The network on meta, and where its tensors are in these files."""
+        try:
+            return self.part.bind(self.layout, config)
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            raise self._nonsense(error) from error
+
+    def _nonsense(self, error: Exception) -> DamagedFile:
+        return DamagedFile(f"{self.weights.source}: its shapes or its config.json make no {self.title}: {error}")
 
     @property
     def title(self) -> str:

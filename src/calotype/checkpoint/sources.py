@@ -104,7 +104,9 @@ def _shards(path: Path) -> list[Path]:
     if match is None:
         return [path]
     stem, total = match[1], int(match[3])
-    files = [path.with_name(f"{stem}-{number + 1:05}-of-{total:05}.safetensors") for number in range(min(total, 10_000))]
+    files = [
+        path.with_name(f"{stem}-{number + 1:05}-of-{total:05}.safetensors") for number in range(min(total, 10_000))
+    ]
     for file in files:
         if not file.is_file():
             raise SourceNotFound(f"{file}: this shard is missing; {path.name} is one of {total}, which belong together")
@@ -204,8 +206,8 @@ def _pipeline(path: Path, name: str) -> Source:
         pickles = [child for child in folder.iterdir() if child.suffix in PICKLE_SUFFIXES]
         if before == (len(source.groups), len(source.tokenizers)) and pickles and component != "scheduler":
             raise UnsafeFile(
-                f"{folder}: it holds only {pickles[0].name}, a pickle, which can run code when read; look for a version "
-                "with .safetensors files"
+                f"{folder}: it holds only {pickles[0].name}, a pickle, which can run code when read; "
+                "look for a version with .safetensors files"
             )
     if (path / CARD).is_file():
         source.card = read_json(path / CARD)

@@ -35,13 +35,13 @@ def clip_layout(name: str, prefix: str) -> Layout[ClipConfig]:
         if activation not in ("quick_gelu", "gelu"):
             raise evidence.refuse(f"hidden_act = {activation!r}")
         evidence.require(layer_norm_eps=1e-5)
-        end = settings.get("eos_token_id", 2)
+        end = evidence.number("eos_token_id", 2)
         project = settings.get("project", False) and "text_projection.weight" in evidence.weights
         return ClipConfig(
             vocabulary=vocabulary,
             width=width,
             layers=evidence.count(prefix + "encoder.layers.{i}."),
-            heads=settings.get("num_attention_heads", max(width // 64, 1)),
+            heads=evidence.number("num_attention_heads", max(width // 64, 1)),
             mlp_width=evidence.size(prefix + "encoder.layers.0.mlp.fc1.weight"),
             positions=evidence.size(prefix + "embeddings.position_embedding.weight"),
             quick_gelu=activation == "quick_gelu",
@@ -67,7 +67,10 @@ def clip_layout(name: str, prefix: str) -> Layout[ClipConfig]:
     return Layout(
         name=name,
         signature=Signature(
-            has=(prefix + "embeddings.token_embedding.weight", prefix + "encoder.layers.0.self_attn.q_proj.weight"),
+            has=(
+                prefix + "embeddings.token_embedding.weight",
+                prefix + "encoder.layers.0.self_attn.q_proj.weight",
+            ),
             lacks=() if prefix else ("text_model.embeddings.token_embedding.weight",),
         ),
         config=config,
@@ -129,7 +132,7 @@ def t5_config(evidence: Evidence) -> T5Config:
         head_width=evidence.size(first + "q.weight") // max(heads, 1),
         mlp_width=evidence.size("encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
         buckets=evidence.size(first + "relative_attention_bias.weight"),
-        distance=evidence.settings.get("relative_attention_max_distance", 128),
+        distance=evidence.number("relative_attention_max_distance", 128),
     )
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers from files: tokenizer.json, or CLIP's vocab.json with merges.txt, with the ids that mark a prompt's ends."""
+"""Tokenizers from files: tokenizer.json, or CLIP's vocab.json with merges.txt, and the ids that frame a prompt."""
 
 from __future__ import annotations
 
@@ -41,7 +41,11 @@ def clip_tokenizer(vocab: Path, merges: Path) -> Tokenizer:
     pairs = [(first, second) for first, _, second in (line.partition(" ") for line in lines[1:]) if second]
     try:
         model = models.BPE(
-            vocab=ids, merges=pairs, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=CLIP_END
+            vocab=ids,
+            merges=pairs,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=CLIP_END,
         )
     except Exception as error:  # the library raises nothing more specific
         raise DamagedFile(f"{merges}: its merges do not fit {vocab.name}: {error}") from error
@@ -51,7 +55,10 @@ def clip_tokenizer(vocab: Path, merges: Path) -> Tokenizer:
     )
     words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in (CLIP_START, CLIP_END) if mark in ids])
     return tokenizer
@@ -63,7 +70,9 @@ def kind(tokenizer: Tokenizer) -> str | None:
     return {CLIP_START: "clip", T5_END: "t5"}[marks.pop()] if len(marks) == 1 else None
 
 
-def prompt_tokenizer(tokenizer: Tokenizer, folder: Path, role: str, vocabulary: int, settings: Settings) -> PromptTokenizer:
+def prompt_tokenizer(
+    tokenizer: Tokenizer, folder: Path, role: str, vocabulary: int, settings: Settings
+) -> PromptTokenizer:
     """The tokenizer with the ids of its role's start, end and padding.
 
     They are named by the tokenizer's own configuration, else they are the published tokenizers' own marks, else the

@@ -46,7 +46,7 @@ def write(
                 assert value.dtype == item.dtype
                 assert tuple(value.shape) == item.shape, (item, value.shape)
                 if value.numel():
-                    file.write(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+                    file.write(value.reshape(-1).view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -62,7 +62,11 @@ def header(order: Iterable[Planned], metadata: Mapping[str, str]) -> bytes:
     place = 0
     for item in order:
         stop = place + math.prod(item.shape) * item.dtype.itemsize
-        content[item.key] = {"dtype": NAMES[item.dtype], "shape": list(item.shape), "data_offsets": [place, stop]}
+        content[item.key] = {
+            "dtype": NAMES[item.dtype],
+            "shape": list(item.shape),
+            "data_offsets": [place, stop],
+        }
         place = stop
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

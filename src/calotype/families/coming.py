@@ -27,8 +27,20 @@ COMING: tuple[Known, ...] = (
     _unet("sdxl", "refiner", "original", ("label_emb.0.0.weight", (1536, 2560)), (_TEXT_2, (None, 1280))),
     _unet("sd1", "1.x", "original", (_TEXT_1, (320, 768)), ("out.2.weight", (4, 320, 3, 3))),
     _unet("sd2", "2.x", "original", (_TEXT_1, (320, 1024)), ("out.2.weight", (4, 320, 3, 3))),
-    _unet("kolors", "base", "diffusers", ("encoder_hid_proj.weight", (2048, 4096)), (_DIFFUSERS_TEXT_2, (None, 2048))),
-    _unet("sdxl", "base", "diffusers", ("add_embedding.linear_1.weight", (1280, 2816)), (_DIFFUSERS_TEXT_2, (None, 2048))),
+    _unet(
+        "kolors",
+        "base",
+        "diffusers",
+        ("encoder_hid_proj.weight", (2048, 4096)),
+        (_DIFFUSERS_TEXT_2, (None, 2048)),
+    ),
+    _unet(
+        "sdxl",
+        "base",
+        "diffusers",
+        ("add_embedding.linear_1.weight", (1280, 2816)),
+        (_DIFFUSERS_TEXT_2, (None, 2048)),
+    ),
     _unet("sdxl", "refiner", "diffusers", ("add_embedding.linear_1.weight", (1536, 2560))),
     _unet("sd1", "1.x", "diffusers", (_DIFFUSERS_TEXT_1, (320, 768)), ("conv_out.weight", (4, 320, 3, 3))),
     _unet("sd2", "2.x", "diffusers", (_DIFFUSERS_TEXT_1, (320, 1024)), ("conv_out.weight", (4, 320, 3, 3))),
@@ -58,14 +70,26 @@ COMING: tuple[Known, ...] = (
         variant="3.5-medium",
         part="transformer",
         layout="diffusers",
-        signature=Signature(has=("transformer_blocks.0.attn2.to_q.weight", "transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight")),
+        signature=Signature(
+            has=(
+                "transformer_blocks.0.attn2.to_q.weight",
+                "transformer_blocks.0.attn.add_q_proj.weight",
+                "pos_embed.proj.weight",
+            )
+        ),
     ),
     Known(
         family="sd3",
         variant="3.5-large",
         part="transformer",
         layout="diffusers",
-        signature=Signature(has=("transformer_blocks.37.attn.to_q.weight", "transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight")),
+        signature=Signature(
+            has=(
+                "transformer_blocks.37.attn.to_q.weight",
+                "transformer_blocks.0.attn.add_q_proj.weight",
+                "pos_embed.proj.weight",
+            )
+        ),
     ),
     Known(
         family="sd3",
@@ -94,7 +118,10 @@ COMING: tuple[Known, ...] = (
         part="bert",
         layout="transformers",
         signature=Signature(
-            has=("bert.embeddings.word_embeddings.weight", "bert.encoder.layer.0.attention.self.query.weight"),
+            has=(
+                "bert.embeddings.word_embeddings.weight",
+                "bert.encoder.layer.0.attention.self.query.weight",
+            ),
             shapes=(("bert.embeddings.word_embeddings.weight", (47020, None)),),
         ),
     ),
@@ -104,7 +131,10 @@ COMING: tuple[Known, ...] = (
         part="chatglm3",
         layout="transformers",
         signature=Signature(
-            has=("transformer.embedding.word_embeddings.weight", "transformer.encoder.layers.0.self_attention.query_key_value.weight")
+            has=(
+                "transformer.embedding.word_embeddings.weight",
+                "transformer.encoder.layers.0.self_attention.query_key_value.weight",
+            )
         ),
     ),
     Known(
@@ -112,7 +142,9 @@ COMING: tuple[Known, ...] = (
         variant="base",
         part="clip_g",
         layout="openclip",
-        signature=Signature(has=("transformer.resblocks.0.attn.in_proj_weight", "token_embedding.weight", "text_projection")),
+        signature=Signature(
+            has=("transformer.resblocks.0.attn.in_proj_weight", "token_embedding.weight", "text_projection")
+        ),
     ),
     *(
         Known(

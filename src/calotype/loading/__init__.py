@@ -8,8 +8,6 @@ Nothing is copied that need not be: tensors stored as the network wants them sta
 from __future__ import annotations
 
 import os
-import sys
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,11 +25,11 @@ from calotype.errors import (
 from calotype.families import FAMILIES
 from calotype.families.family import Assembly, Family
 from calotype.generate import Model
-from calotype.load.convert import convert
-from calotype.load.describe import Description, PartDescription, describe
-from calotype.load.gather import Chosen, Item, Opened, choose, gather
-from calotype.load.manifests import manifest, manifests
-from calotype.load.tokenizers import tokenizer_for
+from calotype.loading.convert import convert
+from calotype.loading.describe import Description, PartDescription, describe
+from calotype.loading.gather import Chosen, Item, Opened, choose, gather
+from calotype.loading.manifests import manifest, manifests
+from calotype.loading.tokenizers import tokenizer_for
 
 __all__ = ["Description", "PartDescription", "convert", "describe", "load", "manifest", "manifests"]
 
@@ -66,9 +64,7 @@ def load(
         raise UnsupportedModel(f"{opened.name}: {refusal}")
     for role in family.roles:
         if role.name not in chosen:
-            raise MissingPart(
-                f"{opened.name}: a {family.title} model without its {role.name}; give also {role.where}"
-            )
+            raise MissingPart(f"{opened.name}: a {family.title} model without its {role.name}; give also {role.where}")
     misfit = family.misfit(configs)
     if misfit is not None:
         role_name, why = misfit
@@ -126,8 +122,8 @@ def _refuse_what_is_no_part(item: Item) -> None:
         title = {"lora": "a LoRA", "controlnet": "a ControlNet", "ip_adapter": "an IP-Adapter"}.get(kind, f"an {kind}")
         fits = f" for {family}" if family else ""
         raise NotAModel(
-            f"{source}: {title} ({detected.attachment.layout}){fits}, which goes with a model and is none; give the model "
-            "itself as the source"
+            f"{source}: {title} ({detected.attachment.layout}){fits}, which goes with a model and is none; "
+            "give the model itself as the source"
         )
     if detected.quantised is not None:
         raise UnsupportedModel(f"{source}: weights quantised by {detected.quantised} are not supported yet")
@@ -143,8 +139,7 @@ def _titles() -> str:
 def _network(part: Chosen, config: Any, dtype: torch.dtype | None, memory: str) -> nn.Module:  # noqa: ANN401
     """The part's network with its weights, in one dtype throughout."""
     found = part.found
-    network = found.part.on_meta(config)
-    binding = found.part.bind(found.layout, config)
+    network, binding = found.bind(config)
     state = binding.load(found.weights, dtype or stored_dtype(found.weights), mapped=memory == "auto")
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(False).eval()
@@ -189,13 +184,3 @@ def _fits(networks: list[nn.Module], device: torch.device) -> bool:
     weights = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
     free, _ = torch.cuda.mem_get_info(device)
     return weights * 1.25 < free
-
-
-class _Callable(ModuleType):
-    """`calotype.load` is the function to users; importing the module must not take that name from it."""
-
-    def __call__(self, *sources: Source, **options: Any) -> Model[Any]:  # noqa: ANN401
-        return load(*sources, **options)
-
-
-sys.modules[__name__].__class__ = _Callable

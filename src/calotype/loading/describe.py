@@ -10,8 +10,7 @@ from typing import Any
 from calotype.checkpoint.files import NAMES, Weights
 from calotype.errors import UnsupportedModel
 from calotype.families import FAMILIES
-from calotype.families.family import Family
-from calotype.load.gather import Item, Opened, gather
+from calotype.loading.gather import Item, Opened, gather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,12 @@ def describe(source: str | os.PathLike[str]) -> Description:
         if attachment is not None:
             note = "goes with a model, and is none itself"
             return _described(
-                opened.name, attachment.kind, family=attachment.family, layout=attachment.layout, note=note, parts=parts
+                opened.name,
+                attachment.kind,
+                family=attachment.family,
+                layout=attachment.layout,
+                note=note,
+                parts=parts,
             )
     recognised = [piece for item in opened.items for piece in item.detected.recognised]
     if recognised:

@@ -23,7 +23,8 @@ def manifest(name: str) -> list[tuple[str, Shape]]:
     for item in _ALL[name].parts:
         layout = item.part.layout(item.layout)
         assert layout is not None
-        for key, shape in item.part.bind(layout, item.config).manifest(item.extras):
+        _, binding = item.part.bind(layout, item.config)
+        for key, shape in binding.manifest(item.extras):
             if key.startswith(item.only):
                 listed.append((item.prefix + key[len(item.only) :], shape))
     return sorted(listed)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from calotype.checkpoint.hub import fetch_tokenizer
 from calotype.checkpoint.tokenizer_files import kind, prompt_tokenizer, read_tokenizer
 from calotype.errors import LoadError, MissingPart
-from calotype.load.gather import Chosen, Opened
+from calotype.loading.gather import Chosen, Opened
 from calotype.text.tokenizers import PromptTokenizer
 
 
@@ -28,7 +28,7 @@ PUBLISHED = {
 
 
 def tokenizer_for(part: Chosen, config: Any, opened: Opened) -> PromptTokenizer:  # noqa: ANN401
-    """The tokenizer of an encoder. Raises MissingPart where there is none to be had, LoadError where it does not fit."""
+    """The tokenizer of an encoder; MissingPart where there is none to be had, LoadError where it does not fit."""
     role, vocabulary = part.role.name, config.vocabulary
     for folder, named in _places(part, opened):
         tokenizer = read_tokenizer(folder)
@@ -37,16 +37,17 @@ def tokenizer_for(part: Chosen, config: Any, opened: Opened) -> PromptTokenizer:
     published = PUBLISHED.get(role)
     if published is None or published.vocabulary != vocabulary:
         raise MissingPart(
-            f"{part.found.weights.source}: no tokenizer for this encoder of {vocabulary} tokens; give also the folder that "
-            f"holds its tokenizer.json ({part.role.tokenizer}/ in a pipeline folder)"
+            f"{part.found.weights.source}: no tokenizer for this encoder of {vocabulary} tokens; give also the "
+            f"folder that holds its tokenizer.json ({part.role.tokenizer}/ in a pipeline folder)"
         )
     try:
         folder = fetch_tokenizer(published.name, published.files)
     except LoadError as error:
         raise MissingPart(
-            f"{part.found.weights.source}: its tokenizer is neither among the sources nor beside the file, and could not be "
-            f"fetched ({error}); give also a folder with its tokenizer.json ({part.role.tokenizer}/ of the model), or run "
-            f"`hf download {published.name} {' '.join(published.files)}` once while online"
+            f"{part.found.weights.source}: its tokenizer is neither among the sources nor beside the file, "
+            f"and could not be fetched ({error}); give also a folder with its tokenizer.json "
+            f"({part.role.tokenizer}/ of the model), "
+            f"or run `hf download {published.name} {' '.join(published.files)}` once while online"
         ) from error
     tokenizer = read_tokenizer(folder)
     assert tokenizer is not None

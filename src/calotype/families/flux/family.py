@@ -12,7 +12,15 @@ from calotype.checkpoint.text_encoders import CLIP, T5
 from calotype.errors import DamagedFile, UnsupportedModel
 from calotype.families.family import Assembly, Family, Manifest, ManifestPart, Role
 from calotype.families.flux import DEV_DEFAULTS, SCHNELL_DEFAULTS, FluxModel
-from calotype.families.flux.config import DEV, DEV_SAMPLING, FILL, SCHNELL, SCHNELL_SAMPLING, FlowSettings, FluxConfig
+from calotype.families.flux.config import (
+    DEV,
+    DEV_SAMPLING,
+    FILL,
+    SCHNELL,
+    SCHNELL_SAMPLING,
+    FlowSettings,
+    FluxConfig,
+)
 from calotype.families.flux.keys import TRANSFORMER
 from calotype.families.flux.network import FluxNetwork
 from calotype.nn.autoencoder import Autoencoder, AutoencoderConfig
@@ -26,7 +34,12 @@ VAE = AutoencoderConfig(
     latent_channels=16, widths=(128, 256, 512, 512), blocks=2, quant_convs=False, scale=0.3611, shift=0.1159
 )
 TINY_VAE = TinyAutoencoderConfig(
-    latent_channels=16, width=64, encoder_blocks=(1, 3, 3, 3), decoder_blocks=(3, 3, 3, 1), scale=1.0, shift=0.0
+    latent_channels=16,
+    width=64,
+    encoder_blocks=(1, 3, 3, 3),
+    decoder_blocks=(3, 3, 3, 1),
+    scale=1.0,
+    shift=0.0,
 )
 FLEX_2 = replace(DEV, image_width=196, joint_blocks=8)
 

@@ -27,7 +27,10 @@ def original_table(config: FluxConfig) -> Table:
         Same("single_blocks.{i}.norm.key_norm.scale", "single.{i}.k_norm.weight"),
     ]
     for theirs, ours in (("time_in", "time_in"), ("vector_in", "pooled_in"), ("guidance_in", "guidance_in")):
-        rules += [Same(f"{theirs}.in_layer.*", f"{ours}.inner.*"), Same(f"{theirs}.out_layer.*", f"{ours}.outer.*")]
+        rules += [
+            Same(f"{theirs}.in_layer.*", f"{ours}.inner.*"),
+            Same(f"{theirs}.out_layer.*", f"{ours}.outer.*"),
+        ]
     for theirs, ours in (("img", "image"), ("txt", "text")):
         block = f"double_blocks.{{i}}.{theirs}"
         stream = f"joint.{{i}}.{ours}"
@@ -44,7 +47,7 @@ def original_table(config: FluxConfig) -> Table:
 
 
 def diffusers_table(config: FluxConfig) -> Table:
-    """FluxTransformer2DModel: queries, keys, values and the single blocks' MLP apart, the last scale before its shift."""
+    """FluxTransformer2DModel: queries, keys, values and the single blocks' MLP apart, the last scale first."""
     d = config.width
     joint, single = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
     rules: list[Rule] = [
@@ -62,7 +65,11 @@ def diffusers_table(config: FluxConfig) -> Table:
         Same(f"{single}.attn.norm_q.*", "single.{i}.q_norm.*"),
         Same(f"{single}.attn.norm_k.*", "single.{i}.k_norm.*"),
     ]
-    embedders = {"timestep_embedder": "time_in", "text_embedder": "pooled_in", "guidance_embedder": "guidance_in"}
+    embedders = {
+        "timestep_embedder": "time_in",
+        "text_embedder": "pooled_in",
+        "guidance_embedder": "guidance_in",
+    }
     for theirs, ours in embedders.items():
         rules += [
             Same(f"time_text_embed.{theirs}.linear_1.*", f"{ours}.inner.*"),
@@ -86,7 +93,16 @@ def diffusers_table(config: FluxConfig) -> Table:
 
 
 def _config(
-    evidence: Evidence, *, image: str, text: str, out: str, pooled: str, mlp: str, norm: str, guidance: str, blocks: tuple[str, str]
+    evidence: Evidence,
+    *,
+    image: str,
+    text: str,
+    out: str,
+    pooled: str,
+    mlp: str,
+    norm: str,
+    guidance: str,
+    blocks: tuple[str, str],
 ) -> FluxConfig:
     width = evidence.size(image)
     head = evidence.size(norm)
