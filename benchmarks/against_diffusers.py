@@ -2,10 +2,10 @@
 
     python benchmarks/against_diffusers.py [--dtype bfloat16] [--rounds 3] [--steps 3] [--save]
 
-Both sides draw the same 512x512 picture with a FLUX of full width that has four blocks (two joint, two single), CLIP
-at its real size, a T5 of full width with two layers, and the real autoencoder: 1.3 billion parameters in all, random, saved by
-diffusers as a folder. Each run is a process of its own, so that loading starts cold and peak memory is its own; the
-sides alternate. The first step is left out of the seconds a step (both warm up in it).
+Both sides draw the same 512x512 picture with a FLUX of full width that has four blocks (two joint, two single),
+CLIP at its real size, a T5 of full width with two layers, and the real autoencoder: random weights, saved by diffusers
+as a folder. Each run is a process of its own, so that loading starts cold and peak memory is its own; the sides
+alternate. The first step is left out of the seconds a step, as both warm up in it.
 """
 
 from __future__ import annotations
@@ -110,10 +110,20 @@ def build(folder: Path, dtype: str) -> None:
 
 def run(side: str, folder: Path, dtype: str, steps: int, picture: Path) -> dict[str, float]:
     """One process; its measures."""
-    settings = f"FOLDER={str(folder)!r}; DTYPE={dtype!r}; STEPS={steps + 1}; PROMPT={PROMPT!r}; SIDE={SIDE}; OUT={str(picture)!r}\n"
-    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    settings = f"FOLDER={str(folder)!r}; DTYPE={dtype!r}; STEPS={steps + 1}; PROMPT={PROMPT!r}; SIDE={SIDE}\n"
+    settings += f"OUT={str(picture)!r}\n"
+    quiet = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", settings + CHILD[side] + TAIL], capture_output=True, text=True, env=quiet, check=False
+        [sys.executable, "-c", settings + CHILD[side] + TAIL],
+        capture_output=True,
+        text=True,
+        env=quiet,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr}")

@@ -1,6 +1,6 @@
 """Draw a page of pictures with the built-in model: offline, on a CPU, in seconds.
 
-    python examples/demo.py [--out demo]      writes one PNG a prompt, and all of them on one sheet
+python examples/demo.py [--out demo]      writes one PNG a prompt, and all of them on one sheet
 """
 
 from __future__ import annotations

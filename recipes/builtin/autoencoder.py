@@ -44,7 +44,8 @@ class Basis(NamedTuple):
 
 
 def fit_basis(pictures: Pictures, latent_channels: int, batches: int = 24) -> Basis:
-    """Principal components of blocks, each divided by its deviation to the power 0.6, then scaled to variance 1 overall.
+    """Principal components of blocks, each divided by its deviation to the power 0.6, then all by one number
+    that makes the mean variance 1.
 
     Full whitening would make the network spend itself on faint detail, none at all would drown colour edges.
     """
@@ -126,7 +127,9 @@ def fit(
             if spent - told > 20:
                 told = spent
                 with torch.inference_mode():
-                    report(f"{name} {spent:.0f} s, step {step}: loss {loss:.4f}, {psnr(network.decode(latents), held_out):.2f} dB")
+                    report(
+                        f"{name} {spent:.0f} s, step {step}: loss {loss:.4f}, {psnr(network.decode(latents), held_out):.2f} dB"
+                    )
 
     train(
         network.decoder,
@@ -178,7 +181,10 @@ def main() -> None:
         batch=16 if device.type == "cpu" else 128,
         crop=scale.pixels // 2,
     )
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, folder / "vae.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in network.state_dict().items()},
+        folder / "vae.safetensors",
+    )
 
 
 def load_basis(folder: Path, device: torch.device) -> Basis:

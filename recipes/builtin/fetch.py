@@ -72,8 +72,7 @@ def fetch(package: Package, data: Path = DATA) -> Path:
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if found != package.sha256:
         raise FetchError(
-            f"{archive}: SHA-256 is {found[:16]}..., wanted {package.sha256[:16]}...; "
-            "delete the file and try again"
+            f"{archive}: SHA-256 is {found[:16]}..., wanted {package.sha256[:16]}...; delete the file and try again"
         )
     _unpack(archive, folder)
     return folder
@@ -86,9 +85,7 @@ def _download(package: Package, data: Path) -> None:
     try:
         subprocess.run(command, cwd=data, check=True, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise FetchError(
-            "npm was not found; install Node.js, or put the .tgz archives into the data folder"
-        ) from error
+        raise FetchError("npm was not found; install Node.js, or put the .tgz archives into the data folder") from error
     except subprocess.CalledProcessError as error:
         raise FetchError(f"{' '.join(command)} failed: {error.stderr.strip()[-500:]}") from error
 
@@ -103,9 +100,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             target = (folder / Path(*Path(member.name).parts[1:])).resolve()
             source = tar.extractfile(member) if member.isreg() else None
             if source is None or not target.is_relative_to(root):
-                raise FetchError(
-                    f"{archive}: refusing to unpack {member.name!r}: not a plain file inside the package"
-                )
+                raise FetchError(f"{archive}: refusing to unpack {member.name!r}: not a plain file inside the package")
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(source.read())
 

@@ -129,9 +129,7 @@ def _planes(rgba: Array) -> Tensor:
     lightness = np.clip(lab[..., 0], 0, 1)
     body = (alpha > 0.5) & (keep < 0.5)
     usual = float(np.clip(np.quantile(lightness[body], 0.6), 0.3, 0.97)) if body.any() else 0.6
-    over = (lightness - usual) / max(
-        1 - usual, 0.15
-    )  # white things are usual at white: they take the full colour
+    over = (lightness - usual) / max(1 - usual, 0.15)  # white things are usual at white: they take the full colour
     shade = np.where(lightness < usual, 0.5 * lightness / usual, 0.5 + 0.5 * over)
     planes = np.concatenate([rgba, shade[..., None], keep[..., None]], -1).transpose(0, 2, 1)
     return torch.from_numpy(np.clip(planes * 255 + 0.5, 0, 255).astype(np.uint8))

@@ -25,9 +25,7 @@ def contact_sheet(pictures: Tensor, captions: list[str], columns: int = 8) -> Im
         x, y = index % columns * (width + 6) + 3, index // columns * (height + 32) + 3
         sheet.paste(Image.fromarray(picture), (x, y))
         letters = width // 6
-        pen.text(
-            (x, y + height), f"{words[:letters]}\n{words[letters : 2 * letters]}", fill=(0, 0, 0), spacing=1
-        )
+        pen.text((x, y + height), f"{words[:letters]}\n{words[letters : 2 * letters]}", fill=(0, 0, 0), spacing=1)
     return sheet
 
 

@@ -58,9 +58,7 @@ CPU = Scale(
         theta=10_000,
         guidance_input=False,
     ),
-    t5=T5Config(
-        vocabulary=2048, width=256, layers=2, heads=4, head_width=64, mlp_width=512, buckets=32, distance=128
-    ),
+    t5=T5Config(vocabulary=2048, width=256, layers=2, heads=4, head_width=64, mlp_width=512, buckets=32, distance=128),
     clip=ClipConfig(
         vocabulary=2048,
         width=256,

@@ -263,9 +263,7 @@ def _colour(rng: Generator, thing: Object, variety: Variety) -> str | None:
             return None if colour in thing.colours else colour
 
 
-def _background(
-    rng: Generator, things: Sequence[Object], colours: Sequence[str | None], variety: Variety
-) -> str:
+def _background(rng: Generator, things: Sequence[Object], colours: Sequence[str | None], variety: Variety) -> str:
     """Never the colour an object was given: it has to be seen."""
     if "white" not in colours and rng.random() >= variety.background:
         return "white"
@@ -280,9 +278,7 @@ def _background(
             return background
 
 
-def _boxes(
-    rng: Generator | None, numbers: Sequence[int], kind: Kind, said: str, variety: Variety
-) -> list[Box]:
+def _boxes(rng: Generator | None, numbers: Sequence[int], kind: Kind, said: str, variety: Variety) -> list[Box]:
     """A box for every object, jittered as far as `variety` and the room between boxes allow."""
     scale, shift = variety.scale, variety.shift
     if kind == "sized":
@@ -314,9 +310,7 @@ def _rows(numbers: Sequence[int], *, upright: bool) -> list[Box]:
         across = (row + 0.5) / len(numbers)
         for column in range(number):
             along = (
-                (column + 0.5) / number
-                if number == max(numbers)
-                else 0.5 + (column - (number - 1) / 2) * size * 1.08
+                (column + 0.5) / number if number == max(numbers) else 0.5 + (column - (number - 1) / 2) * size * 1.08
             )
             boxes.append(Box(across, along, size) if upright else Box(along, across, size))
     return boxes
@@ -452,42 +446,30 @@ def _pick(rng: Generator, choices: Sequence[T]) -> T:
 REACH = 8  # source pixels the scaling filter can reach to either side; enough to shrink 3.5 times
 
 
-def compose(
-    scenes: Sequence[Scene], library: Library, size: int, device: torch.device | str = "cpu"
-) -> Tensor:
+def compose(scenes: Sequence[Scene], library: Library, size: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw the scenes: float32 b 3 size size in -1..1, on `device` (where the library should be already)."""
     colours = torch.tensor([_backdrop(scene) for scene in scenes], device=device)
     canvas = colours[:, None, :, None].expand(-1, size, -1, size).contiguous()  # b row colour column
     for layer in range(max(len(scene.items) for scene in scenes)):
         rows = [row for row, scene in enumerate(scenes) if len(scene.items) > layer]
         for small in (False, True):
-            chosen = [
-                row for row in rows if (scenes[row].items[layer].size * size <= library.size / 2) == small
-            ]
+            chosen = [row for row in rows if (scenes[row].items[layer].size * size <= library.size / 2) == small]
             if chosen:
-                drawn = _draw(
-                    [scenes[row].items[layer] for row in chosen], library, size, device, small=small
-                )
+                drawn = _draw([scenes[row].items[layer] for row in chosen], library, size, device, small=small)
                 where = torch.tensor(chosen, device=device)
                 canvas[where] = torch.addcmul(drawn[:, :, :3], canvas[where], 1 - drawn[:, :, 3:])
     return canvas.mul_(2).sub_(1).clamp_(-1, 1).transpose(1, 2).contiguous()
 
 
-def _draw(
-    items: Sequence[Item], library: Library, size: int, device: torch.device | str, *, small: bool
-) -> Tensor:
+def _draw(items: Sequence[Item], library: Library, size: int, device: torch.device | str, *, small: bool) -> Tensor:
     """Single objects, premultiplied: n row plane column, size x size.
 
     Scaling is a product with one matrix for the rows and one for the columns, whose entries are an anti-
     aliasing cubic filter: exact at every scale and place, and two batched matrix products on any device.
     """
-    wanted = [
-        (STYLES.index(item.style), library.rows[item.thing.name], _number(item.colour)) for item in items
-    ]
+    wanted = [(STYLES.index(item.style), library.rows[item.thing.name], _number(item.colour)) for item in items]
     numbers = torch.tensor(wanted, device=device)
-    boxes = torch.tensor(
-        [(item.x, item.y, item.size, -1.0 if item.flip else 1.0) for item in items], device=device
-    )
+    boxes = torch.tensor([(item.x, item.y, item.size, -1.0 if item.flip else 1.0) for item in items], device=device)
     source = library.half if small else library.full
     picture = _recoloured(source[numbers[:, 0], numbers[:, 1]], numbers[:, 2])  # n row plane column
     x, y, extent, facing = boxes.unbind(1)

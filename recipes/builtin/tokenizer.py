@@ -42,9 +42,7 @@ def train_tokenizer(
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFD(), normalizers.Lowercase(), normalizers.StripAccents()]
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=pieces,
@@ -91,9 +89,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=PIECES)
     parser.add_argument("--large", action="store_true", help="the large set of objects")
     options = parser.parse_args()
-    tokenizer = train_tokenizer(
-        options.data, pieces=options.pieces, captions=options.captions, large=options.large
-    )
+    tokenizer = train_tokenizer(options.data, pieces=options.pieces, captions=options.captions, large=options.large)
     tokenizer.save(str(options.data / "tokenizer.json"))
     clip_role(tokenizer).save(str(options.data / "tokenizer-clip.json"))
     print(f"{tokenizer.get_vocab_size()} pieces")

@@ -29,7 +29,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One finished sampling step. `preview()` draws a small impression of the picture so far; it costs only if called."""
+    """One finished sampling step. `preview()` draws a small impression of the picture so far, only when called."""
 
     picture: int  # from 0
     pictures: int

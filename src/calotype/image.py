@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 MOST_PIXELS = 64_000_000  # Pillow itself would decode almost three times as many before it objects
 KEY = "calotype"  # the PNG text chunk with everything, as JSON
 A1111_KEY = "parameters"  # the one that other programs read
@@ -107,9 +108,11 @@ def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError now, before any work, if a file could not be written at `path`."""
+    """Raise OutputError now, before any work, if a picture could not be written at `path`."""
     if path.is_dir():
         raise OutputError(f"{path}: is a folder; name a file in it")
+    if path.suffix.lower() not in ENDINGS:
+        raise OutputError(f"{path}: unknown kind of picture {path.suffix!r}; use .png, .jpg or .webp")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -123,9 +126,9 @@ def save(picture: Image.Image, path: str | Path) -> None:
     """
     path = Path(path)
     check_writable(path)
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise OutputError(f"{path}: unknown kind of picture {path.suffix!r}; use .png, .jpg or .webp")
-    options: Mapping[str, Any] = {"pnginfo": _text_chunks(picture)} if path.suffix.lower() == ".png" else {"quality": 95}
+    options: Mapping[str, Any] = (
+        {"pnginfo": _text_chunks(picture)} if path.suffix.lower() == ".png" else {"quality": 95}
+    )
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -190,9 +190,7 @@ class Request:
         nearest = Size(width, height).nearest(defaults.grain)
         for field, value, near in (("width", width, nearest.width), ("height", height, nearest.height)):
             if value != near:
-                raise RequestError(
-                    field, value, f"multiples of {defaults.grain}; the nearest valid size is {nearest}"
-                )
+                raise RequestError(field, value, f"multiples of {defaults.grain}; the nearest valid size is {nearest}")
         sampler = self.sampler or defaults.sampler
         if sampler not in defaults.samplers:
             raise RequestError("sampler", sampler, "one of " + ", ".join(defaults.samplers))
@@ -201,7 +199,9 @@ class Request:
             raise RequestError("schedule", schedule, "one of " + ", ".join(defaults.schedules))
         if self.embedded_guidance is not None and defaults.embedded_guidance is None:
             raise RequestError(
-                "embedded_guidance", self.embedded_guidance, "None: this model has no guidance input; use cfg_scale"
+                "embedded_guidance",
+                self.embedded_guidance,
+                "None: this model has no guidance input; use cfg_scale",
             )
         return Job(
             prompt=self.prompt,

@@ -1,4 +1,4 @@
-"""Tiny random FLUX pipelines, saved by diffusers: the same tensors, layer outputs and pictures here, float32 on the CPU."""
+"""Tiny random FLUX pipelines, saved by diffusers: the same layers and pictures here, in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def test_dev_draws_diffusers_picture(dev: Pair, steps: int) -> None:
 def test_dev_with_true_guidance_draws_diffusers_picture(dev: Pair) -> None:
     assert_same_picture(
         ours_picture(dev, steps=3, embedded_guidance=2.0, cfg_scale=4.0, negative_prompt="blue dog"),
-        theirs_picture(
-            dev, num_inference_steps=3, guidance_scale=2.0, true_cfg_scale=4.0, negative_prompt="blue dog"
-        ),
+        theirs_picture(dev, num_inference_steps=3, guidance_scale=2.0, true_cfg_scale=4.0, negative_prompt="blue dog"),
     )
 
 

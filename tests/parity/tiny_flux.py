@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-WORDS = "a red apple on the blue table two cats and dog in snow fox , .".split()
+WORDS = ("a", "red", "apple", "on", "the", "blue", "table", "two", "cats", "and", "dog", "in", "snow", "fox", ",", ".")
 
 
 def randomised(module: nn.Module, seed: int, spread: float = 0.08) -> nn.Module:

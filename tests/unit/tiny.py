@@ -32,7 +32,15 @@ FLUX = FluxConfig(
 )
 T5 = T5Config(vocabulary=16, width=24, layers=2, heads=2, head_width=8, mlp_width=32, buckets=32, distance=128)
 CLIP = ClipConfig(
-    vocabulary=16, width=16, layers=2, heads=2, mlp_width=32, positions=12, quick_gelu=True, projection=None, end=1
+    vocabulary=16,
+    width=16,
+    layers=2,
+    heads=2,
+    mlp_width=32,
+    positions=12,
+    quick_gelu=True,
+    projection=None,
+    end=1,
 )
 VAE = TinyAutoencoderConfig(
     latent_channels=4, width=8, encoder_blocks=(1, 1, 1, 1), decoder_blocks=(1, 1, 1, 1), scale=1.0, shift=0.0

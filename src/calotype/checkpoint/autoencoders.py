@@ -128,6 +128,7 @@ AUTOENCODER = Part(
     layouts=(
         Layout(
             name="original",
+            style="original",
             signature=Signature(
                 has=("decoder.mid.attn_1.q.weight", "encoder.down.0.block.0.conv1.weight"), shapes=(PICTURES,)
             ),
@@ -136,6 +137,7 @@ AUTOENCODER = Part(
         ),
         Layout(
             name="diffusers",
+            style="diffusers",
             signature=Signature(
                 has=(
                     "decoder.mid_block.attentions.0.group_norm.weight",
@@ -216,6 +218,7 @@ TINY_AUTOENCODER = Part(
         Layout(
             # Two files, taesd_encoder and taesd_decoder: their keys are given these prefixes when opened.
             name="taesd",
+            style="original",
             signature=Signature(
                 has=("decoder.1.weight", "encoder.0.weight"), shapes=(("encoder.0.weight", (None, 3, 3, 3)),)
             ),
@@ -224,6 +227,7 @@ TINY_AUTOENCODER = Part(
         ),
         Layout(
             name="diffusers-tiny",
+            style="diffusers",
             signature=Signature(
                 has=("decoder.layers.0.weight", "encoder.layers.0.weight"),
                 shapes=(("encoder.layers.0.weight", (None, 3, 3, 3)),),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from calotype.checkpoint.files import Shape, Weights
-from calotype.errors import MissingKeys, UnexpectedKeys, WrongShape
+from calotype.errors import MissingKeys, UnexpectedKeys, UnsupportedModel, WrongShape
 
 
 class Span(NamedTuple):
@@ -216,38 +216,51 @@ class Binding:
         return other
 
     def load(self, weights: Weights, dtype: torch.dtype | None = None, *, mapped: bool = True) -> dict[str, Tensor]:
-        """Our state dict from their files.
+        """Our state dict from their files; `dtype` None keeps what is stored.
 
-        Tensors that are stored as we need them are views of the file (`mapped`) or are read once; those made of
-        several pieces are read piece by piece into their place. `dtype` None keeps what is stored.
+        With `mapped`, tensors that are stored as they are needed are views of the file. All others are read, piece by
+        piece, into their place.
         """
         names = self.resolve(weights)
-        state: dict[str, Tensor] = {}
-        for item in self.bound:
-            stored = {weights[names[source.key]].dtype for source in item.sources}
-            assert dtype is not None or len(stored) == 1
-            target = dtype or next(iter(stored))
-            first = item.sources[0]
-            if mapped and stored == {target} and first.spans == (_whole(item.shape),):
-                state[item.ours] = weights.mapped(names[first.key]).view(item.shape)
-                continue
-            out = torch.empty(item.shape, dtype=target)
-            for source in item.sources:
-                for span in source.spans:
-                    place = out[span.ours : span.ours + span.height] if item.shape else out
-                    weights.read(names[source.key], place, row=span.theirs)
-            state[item.ours] = out
-        return state
+        return {item.ours: put_together(item, weights, names, dtype, mapped=mapped) for item in self.bound}
 
     def save(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Their tensors from our state dict, one at a time: the inverse of `load`."""
         for item in self.bound:
-            value = state[item.ours]
-            for source in item.sources:
-                spans = sorted(source.spans)
-                pieces = [value[span.ours : span.ours + span.height] for span in spans] if item.shape else [value]
-                whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                yield source.key, whole.reshape(source.shape)
+            yield from take_apart(item, state[item.ours])
+
+
+def put_together(
+    item: Bound, weights: Weights, names: Mapping[str, str], dtype: torch.dtype | None, *, mapped: bool
+) -> Tensor:
+    """One of ours from theirs; `names` are their keys in the file."""
+    stored = {weights[names[source.key]].dtype for source in item.sources}
+    if dtype is None and len(stored) > 1:
+        kinds = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in stored))
+        raise UnsupportedModel(
+            f"{weights.source}: {names[item.sources[0].key]!r} and those that go with it are stored in different types "
+            f"({kinds}); ask for a dtype"
+        )
+    target = dtype or next(iter(stored))
+    first = item.sources[0]
+    if mapped and stored == {target} and first.spans == (_whole(item.shape),):
+        return weights.mapped(names[first.key]).view(item.shape)
+    out = torch.empty(item.shape, dtype=target)
+    for source in item.sources:
+        for span in source.spans:
+            place = out[span.ours : span.ours + span.height] if item.shape else out
+            weights.read(names[source.key], place, row=span.theirs)
+    return out
+
+
+def take_apart(item: Bound, value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Theirs from one of ours."""
+    for source in item.sources:
+        pieces = (
+            [value[span.ours : span.ours + span.height] for span in sorted(source.spans)] if item.shape else [value]
+        )
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        yield source.key, whole.reshape(source.shape)
 
 
 PLACEHOLDER = re.compile(r"\{([^}]*)\}|\*")

@@ -101,13 +101,15 @@ class Evidence:
 class Layout(Generic[K]):
     """One way to write a part: how it is recognised, which configuration it has, and its keys.
 
-    `settings` gives the config.json that goes with a configuration, for layouts that are folders.
+    `style` is the publisher's habit that it belongs to, original or diffusers; "" where both write it so. `settings`
+    gives the config.json that goes with a configuration, for layouts that are folders.
     """
 
     name: str
     signature: Signature
     config: Callable[[Evidence], K]
     table: Callable[[K], Table]
+    style: str = ""
     settings: Callable[[K], dict[str, Any]] | None = None
 
 
@@ -121,6 +123,10 @@ class Part(Generic[K]):
 
     def layout(self, name: str) -> Layout[K] | None:
         return next((layout for layout in self.layouts if layout.name == name), None)
+
+    def styled(self, style: str) -> Layout[K] | None:
+        """The layout of that style; None where the part has only one way to be written."""
+        return next((layout for layout in self.layouts if layout.style == style), None)
 
     def bind(self, layout: Layout[K], config: K) -> tuple[nn.Module, Binding]:
         """The network of a configuration, without memory behind it, and the layout's table for it."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import unicodedata
-from collections.abc import Generator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,7 +18,8 @@ from calotype.image import check_writable, read_metadata, save
 from calotype.request import Request
 
 if TYPE_CHECKING:
-    from calotype.generate import Model, Progress
+    from calotype.cli.progress import Silent
+    from calotype.generate import Model
 
 BUILT_IN = "built-in"  # the source that the built-in model's pictures name
 SLUG_BYTES = 100
@@ -103,7 +102,11 @@ def generate(
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
-    show = _show(progress)
+
+    from calotype.cli.progress import progress as shown
+
+    show = shown(progress)
+    # The hub shows a progress of its own.
     with show.waiting(f"loading {', '.join(sources) or 'the built-in model'}") if _local(sources) else nullcontext():
         from calotype.loading import load
 
@@ -116,7 +119,7 @@ def generate(
     draw(loaded, request, target, preview, show)
 
 
-def draw(model: Model[Any], request: Request, target: Target, preview: Path | None, show: Show) -> None:
+def draw(model: Model[Any], request: Request, target: Target, preview: Path | None, show: Silent) -> None:
     """Run a request, write each picture as it is finished, and print its path."""
     from calotype.generate import Progress
 
@@ -133,7 +136,6 @@ def draw(model: Model[Any], request: Request, target: Target, preview: Path | No
                     raise AssertionError("the stream ended before its last picture")
                 path = target.path(number, request.prompt, event.seed)
                 save(event.image, path)
-            # The bar is gone: stdout may be the same terminal.
             typer.echo(path)
 
 
@@ -160,7 +162,7 @@ def _note(text: str) -> None:
 
 
 def _local(sources: list[str]) -> bool:
-    """Whether loading asks nobody else: the hub shows a progress of its own."""
+    """Whether nothing will be asked of the hub."""
     return all(Path(source).expanduser().exists() for source in sources)
 
 
@@ -215,84 +217,3 @@ def slug(prompt: str) -> str:
             break
         name = longer
     return name or (words[0].encode()[:SLUG_BYTES].decode(errors="ignore") if words else "picture")
-
-
-class Stepper(Protocol):
-    def __call__(self, event: Progress) -> None: ...
-
-
-class Show:
-    """Progress for nobody: what a script sees on stderr."""
-
-    @contextmanager
-    def waiting(self, what: str) -> Generator[None, None, None]:
-        """Something without a known length happens inside the block."""
-        yield
-
-    @contextmanager
-    def picture(self, number: int, count: int) -> Generator[Stepper, None, None]:
-        """One picture is drawn inside the block, which reports its steps."""
-        yield lambda event: None
-
-
-class Lines(Show):
-    """Progress for a log: a line each."""
-
-    @contextmanager
-    def waiting(self, what: str) -> Generator[None, None, None]:
-        typer.echo(what, err=True)
-        yield
-
-    @contextmanager
-    def picture(self, number: int, count: int) -> Generator[Stepper, None, None]:
-        yield lambda event: typer.echo(f"picture {number + 1}/{count}: step {event.step}/{event.steps}", err=True)
-
-
-class Bars(Show):
-    """Progress for a terminal: a bar that is gone when its picture is there."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self.console = Console(stderr=True)
-
-    @contextmanager
-    def waiting(self, what: str) -> Generator[None, None, None]:
-        from rich.markup import escape
-
-        with self.console.status(escape(what)):
-            yield
-
-    @contextmanager
-    def picture(self, number: int, count: int) -> Generator[Stepper, None, None]:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        name = f"picture {number + 1} of {count}" if count > 1 else "drawing"
-        with Bar(*columns, console=self.console, transient=True, redirect_stdout=False) as bar:
-            task = bar.add_task("reading the prompt" if number == 0 else name, total=None)
-
-            def step(event: Progress) -> None:
-                done = event.step == event.steps
-                bar.update(
-                    task,
-                    description="decoding" if done else name,
-                    completed=event.step,
-                    total=event.steps,
-                )
-
-            yield step
-
-
-def _show(wanted: bool | None) -> Show:
-    terminal = sys.stderr.isatty()
-    if wanted is False or (wanted is None and not terminal):
-        return Show()
-    return Bars() if terminal else Lines()

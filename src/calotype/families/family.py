@@ -19,7 +19,8 @@ class Role:
     """One of the parts that a family's models consist of.
 
     Several `parts` may play it (a large or a tiny autoencoder). `folder` is its place in a diffusers folder,
-    `tokenizer` that of its tokenizer ("" for none), `settings` are a part's in this family, where a single file says
+    `tokenizer` that of its tokenizer ("" for none), `file` the name of its original file ("" where it has none; `{}` is
+    the variant), `settings` are a part's in this family, where a single file says
     nothing; `where` tells a user who lacks it what to look for.
     """
 
@@ -28,6 +29,7 @@ class Role:
     folder: str
     where: str
     tokenizer: str = ""
+    file: str = ""
     settings: tuple[tuple[Part[Any], Settings], ...] = ()
 
     def settings_of(self, part: Part[Any]) -> Settings:

@@ -2,9 +2,188 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from calotype.checkpoint.keys import put_together, take_apart
+from calotype.checkpoint.layouts import Layout
+from calotype.checkpoint.sources import CARD, INDEX, SCHEDULER
+from calotype.checkpoint.writing import Planned, write
+from calotype.errors import NotAModel, OutputError, RequestError, UnknownModel, UnsupportedModel
+from calotype.families import FAMILIES
+from calotype.families.family import Family
+from calotype.loading.gather import Chosen, Opened, choose, gather
+
+STYLES = ("original", "diffusers")
 
 
-def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], layout: str) -> None:
-    """Placeholder."""
-    raise NotImplementedError
+def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], layout: str) -> tuple[Path, ...]:
+    """Write a model, or one part of one, in another layout; returns the files written.
+
+    `layout` is "original" (the authors' own files) or "diffusers" (a folder a part, with its config.json). One part
+    becomes a file (original, where `out` ends in .safetensors) or a folder; several become a folder. Tensors are copied
+    one at a time, and no bit of them changes.
+
+    Raises a LoadError for what cannot be read, OutputError where `out` is taken or cannot be written.
+    """
+    if layout not in STYLES:
+        raise RequestError("layout", layout, "one of " + ", ".join(STYLES))
+    opened = gather([source])
+    family, parts = _parts(opened)
+    target = Path(out)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise OutputError(f"{target}: it exists already; give a name that is not taken")
+    single = len(parts) == 1
+    as_file = target.suffix == ".safetensors"
+    if as_file and (layout == "diffusers" or not single):
+        raise RequestError("out", str(out), "a folder: several files are written")
+    variant = family.variant(parts[family.backbone.name].config) if family.backbone.name in parts else ""
+    written: list[Path] = []
+    for role, part in parts.items():
+        if layout == "diffusers":
+            folder = target if single else target / part.role.folder
+            written += _as_folder(part, part.found.part.styled(layout) or part.found.layout, folder)
+        elif part.found.part.styled(layout) is None:
+            written += _as_folder(part, part.found.layout, target if single else target / part.role.folder)
+        else:
+            name = part.role.file.format(variant) or f"{role}.safetensors"
+            written += _as_file(part, layout, target if as_file else target / name, as_file)
+    if not single:
+        written += _beside(opened, family, parts, target, layout, variant)
+    return tuple(written)
+
+
+def _parts(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
+    """The family, by its backbone if that is there, and its parts."""
+    for item in opened.items:
+        if item.detected.attachment is not None:
+            raise NotAModel(
+                f"{opened.name}: a {item.detected.attachment.kind}; only models and their parts are converted"
+            )
+        if item.detected.quantised is not None or item.detected.recognised:
+            what = item.detected.quantised or item.detected.recognised[0].known.family
+            raise UnsupportedModel(f"{opened.name}: {what} is recognised, but not converted yet")
+    found = [piece for item in opened.items for piece in item.detected.found]
+    if not found:
+        raise UnknownModel(f"{opened.name}: no known model or part; run `calotype info {opened.name}`")
+    with_backbone = [family for family in FAMILIES if any(piece.part in family.backbone.parts for piece in found)]
+    family = next(iter(with_backbone), FAMILIES[0])
+    return family, choose(family, opened)
+
+
+def _as_folder(part: Chosen, layout: Layout[Any], folder: Path) -> list[Path]:
+    """A part as a folder: config.json and one file of weights."""
+    assert layout.settings is not None
+    settings = layout.settings(part.config)
+    weights = folder / ("diffusion_pytorch_model.safetensors" if "_class_name" in settings else "model.safetensors")
+    metadata = {key: value for key, value in part.found.weights.metadata.items() if key != "config"}
+    _write(part, layout, weights, {**metadata, "format": "pt"})
+    config = folder / "config.json"
+    _write_json(config, {**settings, **part.found.settings})
+    return [weights, config]
+
+
+def _as_file(part: Chosen, style: str, path: Path, named: bool) -> list[Path]:
+    """A part as its original file; what its config.json said goes into the header."""
+    layout = part.found.part.styled(style)
+    assert layout is not None
+    metadata = dict(part.found.weights.metadata)
+    known = part.found.settings or (part.found.layout.settings(part.config) if part.found.layout.settings else {})
+    if known:
+        metadata["config"] = json.dumps(dict(known))
+    if layout.name != "taesd":
+        _write(part, layout, path, metadata)
+        return [path]
+    if named:
+        raise RequestError("out", str(path), "a folder: this layout has a file for each side")
+    paths = [path.with_name(f"taesd_{side}.safetensors") for side in ("encoder", "decoder")]
+    for side, half in zip(("encoder.", "decoder."), paths, strict=True):
+        _write(part, layout, half, metadata, only=side)
+    return paths
+
+
+def _write(part: Chosen, layout: Layout[Any], path: Path, metadata: Mapping[str, str], only: str = "") -> None:
+    """One file in the layout, each tensor made when its turn comes. `only` keeps one half and takes its name off."""
+    found = part.found
+    if layout is found.layout and not only:
+        plan = [Planned(key, entry.dtype, entry.shape) for key, entry in found.weights.items()]
+        write(path, plan, found.weights.mapped, metadata)
+        return
+    config = part.config
+    _, theirs = found.bind(config)
+    _, wanted = found.part.bind(layout, config)
+    names = theirs.resolve(found.weights)
+    plan: list[Planned] = []
+    owner: dict[str, int] = {}
+    for number, (here, there) in enumerate(zip(theirs.bound, wanted.bound, strict=True)):
+        assert here.ours == there.ours
+        dtype = found.weights[names[here.sources[0].key]].dtype
+        for source in there.sources:
+            if source.key.startswith(only):
+                plan.append(Planned(source.key[len(only) :], dtype, source.shape))
+                owner[source.key[len(only) :]] = number
+    made: dict[int, dict[str, Tensor]] = {}
+
+    def tensor(key: str) -> Tensor:
+        number = owner[key]
+        if number not in made:
+            made.clear()
+            whole = put_together(theirs.bound[number], found.weights, names, None, mapped=True)
+            made[number] = dict(take_apart(wanted.bound[number], whole))
+        return made[number][only + key]
+
+    write(path, plan, tensor, metadata)
+
+
+def _beside(
+    opened: Opened, family: Family, parts: Mapping[str, Chosen], out: Path, layout: str, variant: str
+) -> list[Path]:
+    """What a whole model has beside its weights: tokenizers, scheduler, card, and last the index."""
+    written: list[Path] = []
+    own = {role.tokenizer for role in family.roles if role.tokenizer}
+    for folder in (folder for source in opened.sources for folder in source.tokenizers if folder.name in own):
+        for file in sorted(file for file in folder.iterdir() if file.is_file()):
+            (out / folder.name).mkdir(parents=True, exist_ok=True)
+            written.append(Path(shutil.copyfile(file, out / folder.name / file.name)))
+    given = next((source.scheduler for source in opened.sources if source.scheduler is not None), None)
+    scheduler = given if given is not None or layout == "original" else family.scheduler(variant)
+    if scheduler is not None:
+        written.append(out / "scheduler" / SCHEDULER)
+        _write_json(written[-1], scheduler)
+    card = next((source.card for source in opened.sources if source.card), None)
+    if card is not None:
+        written.append(out / CARD)
+        _write_json(written[-1], card)
+    if layout == "diffusers":
+        written.append(out / INDEX)
+        _write_json(written[-1], _index(family, parts, out, scheduler or {}))
+    return written
+
+
+def _index(family: Family, parts: Mapping[str, Chosen], out: Path, scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """model_index.json: which class of which library each folder is for."""
+    index: dict[str, Any] = {"_class_name": family.pipeline}
+    index["scheduler"] = ["diffusers", scheduler.get("_class_name")]
+    for part in parts.values():
+        settings = json.loads((out / part.role.folder / "config.json").read_text())
+        kind = settings.get("_class_name")
+        index[part.role.folder] = ["diffusers", kind] if kind else ["transformers", settings["architectures"][0]]
+        if part.role.tokenizer and (out / part.role.tokenizer).is_dir():
+            file = out / part.role.tokenizer / "tokenizer_config.json"
+            named = json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
+            index[part.role.tokenizer] = ["transformers", named or "PreTrainedTokenizerFast"]
+    return index
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(content), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

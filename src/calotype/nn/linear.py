@@ -17,7 +17,10 @@ def native(dtype: torch.dtype) -> bool:
 
     Most CPUs only store half precision and emulate its products, at a fifth of float32's speed.
     """
-    has = ("_is_amx_tile_supported", "_is_avx512_bf16_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported")
+    has = (
+        "_is_amx_tile_supported",
+        "_is_avx512_bf16_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported",
+    )
     answers = [getattr(torch.cpu, name)() for name in has if hasattr(torch.cpu, name)]
     return any(answers) or not answers
 

@@ -43,9 +43,7 @@ def guided(
     return denoise
 
 
-def guided_pair(
-    pair: Denoise, scale: float, rescale: float = 0.0, prediction: Prediction = "noise"
-) -> Denoise:
+def guided_pair(pair: Denoise, scale: float, rescale: float = 0.0, prediction: Prediction = "noise") -> Denoise:
     """As `guided`, in one pass: `pair` takes and returns 2b rows, the b positive ones first."""
 
     def denoise(x: Tensor, level: Level) -> Tensor:

@@ -198,9 +198,7 @@ class FlowSchedule(Protocol):
     def __call__(self, steps: int, shift: float = 1.0, start: float = 1.0) -> Levels: ...
 
 
-def dynamic_shift(
-    tokens: int, first: tuple[int, float] = (256, 0.5), last: tuple[int, float] = (4096, 1.15)
-) -> float:
+def dynamic_shift(tokens: int, first: tuple[int, float] = (256, 0.5), last: tuple[int, float] = (4096, 1.15)) -> float:
     """FLUX.1 dev's shift for a picture of so many image tokens: exp(mu), mu linear through two (tokens, mu).
 
     Its form exp(mu) / (exp(mu) + 1/t - 1) is the static k t / (1 + (k - 1) t) with k = exp(mu).

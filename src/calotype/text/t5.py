@@ -32,12 +32,19 @@ class T5Config:
 
 
 XXL = T5Config(
-    vocabulary=32128, width=4096, layers=24, heads=64, head_width=64, mlp_width=10240, buckets=32, distance=128
+    vocabulary=32128,
+    width=4096,
+    layers=24,
+    heads=64,
+    head_width=64,
+    mlp_width=10240,
+    buckets=32,
+    distance=128,
 )
 
 
 def position_buckets(length: int, buckets: int, distance: int) -> Tensor:
-    """Bucket of each (query, key) pair, (n n): half for keys behind, half ahead; exact when near, logarithmic when far."""
+    """Bucket of each (query, key) pair, (n n): half for keys behind, half ahead; exact near by, logarithmic far off."""
     position = torch.arange(length)
     offset = position[None, :] - position[:, None]
     half = buckets // 2

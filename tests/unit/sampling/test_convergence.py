@@ -86,16 +86,12 @@ def order(errors: list[float]) -> float:
 
 
 @pytest.mark.parametrize("process", [Flow(), SD], ids=["flow", "vp"])
-@pytest.mark.parametrize(
-    ("name", "expected"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)]
-)
+@pytest.mark.parametrize(("name", "expected"), [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)])
 def test_order(name: str, expected: int, process: Process) -> None:
     errors: list[float] = []
     for steps in (20, 40, 80, 160):
         path = even(process, steps)
-        errors.append(
-            float((last(name, gaussian, path) - carried(X, path.path[0], path.path[-1])).abs().max())
-        )
+        errors.append(float((last(name, gaussian, path) - carried(X, path.path[0], path.path[-1])).abs().max()))
     assert expected - 0.15 < order(errors) < expected + 1.5
     assert errors[-1] < (0.05 if expected == 1 else 2e-3)
 

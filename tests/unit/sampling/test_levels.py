@@ -62,13 +62,9 @@ def test_alpha_bars_are_those_of_the_published_models() -> None:
 @pytest.mark.parametrize("schedule", sorted(BETAS))
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_alpha_bars_equal_diffusers(schedule: str, zero_snr: bool) -> None:
-    reference = diffusers.DDIMScheduler(
-        **{**SD_CONFIG, "beta_schedule": schedule}, rescale_betas_zero_snr=zero_snr
-    )
+    reference = diffusers.DDIMScheduler(**{**SD_CONFIG, "beta_schedule": schedule}, rescale_betas_zero_snr=zero_snr)
     ours = VariancePreserving.from_betas(BETAS[schedule](0.00085, 0.012, 1000), zero_snr)
-    np.testing.assert_allclose(
-        ours.alpha_bars, reference.alphas_cumprod.double().numpy(), rtol=2e-4, atol=2e-6
-    )
+    np.testing.assert_allclose(ours.alpha_bars, reference.alphas_cumprod.double().numpy(), rtol=2e-4, atol=2e-6)
     assert (ours.alpha_bars[-1] == 0) == zero_snr
 
 
@@ -310,9 +306,7 @@ def test_flow_schedules_fall_from_start_to_zero(steps: int, start: float, shift:
     process=some.sampled_from([SD, KOLORS, HUNYUAN, ZERO_SNR]),
     name=some.sampled_from(sorted(VP_SCHEDULES)),
 )
-def test_vp_schedules_fall_from_start_to_zero(
-    steps: int, start: float, process: VariancePreserving, name: str
-) -> None:
+def test_vp_schedules_fall_from_start_to_zero(steps: int, start: float, process: VariancePreserving, name: str) -> None:
     path = VP_SCHEDULES[name](process, steps, start)
     assert path.steps == steps
     assert path.path[-1] == Level(1, 0, 0)

@@ -34,9 +34,7 @@ from calotype.sampling import (
 
 diffusers: Any = importlib.import_module("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # NumPy 2 inside diffusers
-K: dict[str, Any] = json.loads(
-    (Path(__file__).parents[2] / "data" / "sampling" / "k_diffusion.json").read_text()
-)
+K: dict[str, Any] = json.loads((Path(__file__).parents[2] / "data" / "sampling" / "k_diffusion.json").read_text())
 SD_CONFIG: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD = VariancePreserving.from_betas(BETAS["scaled_linear"](0.00085, 0.012, 1000))
 ZERO_SNR = VariancePreserving.from_betas(BETAS["scaled_linear"](0.00085, 0.012, 1000), zero_snr=True)
@@ -176,9 +174,7 @@ def path_of(scheduler: Any) -> Levels:  # noqa: ANN401
 @pytest.mark.parametrize("to_one", [True, False])
 def test_ddim_equals_diffusers(prediction: str, to_one: bool) -> None:
     options = {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False}
-    scheduler = diffusers.DDIMScheduler(
-        **SD_CONFIG, **options, set_alpha_to_one=to_one, prediction_type=prediction
-    )
+    scheduler = diffusers.DDIMScheduler(**SD_CONFIG, **options, set_alpha_to_one=to_one, prediction_type=prediction)
     scheduler = in_float64(scheduler, 10)
     process = process_of(scheduler)
     path = levels.leading(process, 10)

@@ -35,6 +35,4 @@ def encode(
 
 def joined(first: FluxConditioning, second: FluxConditioning) -> FluxConditioning:
     """Two conditionings as one batch."""
-    return FluxConditioning(
-        text=torch.cat([first.text, second.text]), pooled=torch.cat([first.pooled, second.pooled])
-    )
+    return FluxConditioning(text=torch.cat([first.text, second.text]), pooled=torch.cat([first.pooled, second.pooled]))

@@ -61,7 +61,5 @@ class FlowSettings:
     max_tokens: int
 
 
-DEV_SAMPLING = FlowSettings(
-    shift=1.0, dynamic=True, base_shift=0.5, max_shift=1.15, base_tokens=256, max_tokens=4096
-)
+DEV_SAMPLING = FlowSettings(shift=1.0, dynamic=True, base_shift=0.5, max_shift=1.15, base_tokens=256, max_tokens=4096)
 SCHNELL_SAMPLING = replace(DEV_SAMPLING, dynamic=False)

@@ -209,6 +209,7 @@ FAMILY = Family(
             name="transformer",
             parts=(TRANSFORMER,),
             folder="transformer",
+            file="flux1-{}.safetensors",
             where="flux1-dev.safetensors or flux1-schnell.safetensors of black-forest-labs",
         ),
         Role(
@@ -229,6 +230,7 @@ FAMILY = Family(
             name="vae",
             parts=(AUTOENCODER, TINY_AUTOENCODER),
             folder="vae",
+            file="ae.safetensors",
             settings=((AUTOENCODER, {"scaling_factor": VAE.scale, "shift_factor": VAE.shift}),),
             where="ae.safetensors or the folder vae/ of black-forest-labs/FLUX.1-dev",
         ),

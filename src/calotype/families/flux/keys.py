@@ -181,6 +181,7 @@ TRANSFORMER = Part(
     layouts=(
         Layout(
             name="original",
+            style="original",
             signature=Signature(
                 has=(
                     "double_blocks.0.img_attn.qkv.weight",
@@ -193,6 +194,7 @@ TRANSFORMER = Part(
         ),
         Layout(
             name="diffusers",
+            style="diffusers",
             signature=Signature(
                 has=(
                     "single_transformer_blocks.0.proj_mlp.weight",

@@ -53,7 +53,7 @@ class Modulation(nn.Module):
 
 
 class ModulationTable(NamedTuple):
-    """Every block's modulation, t b 1 d each: six rows for a stream of a joint block, three for a single, two at the end."""
+    """Every block's modulation, t b 1 d each: six rows a joint stream, three a single block, two at the end."""
 
     joint_image: tuple[tuple[Tensor, ...], ...]
     joint_text: tuple[tuple[Tensor, ...], ...]
@@ -103,11 +103,18 @@ class JointBlock(nn.Module):
         self.text = Stream(config)
 
     def forward(
-        self, image: Tensor, text: Tensor, rope: Tensor, image_rows: tuple[Tensor, ...], text_rows: tuple[Tensor, ...]
+        self,
+        image: Tensor,
+        text: Tensor,
+        rope: Tensor,
+        image_rows: tuple[Tensor, ...],
+        text_rows: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor]:
         shift1, scale1, gate1, shift2, scale2, gate2 = image_rows
         text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = text_rows
-        heads = zip(self.text.heads_of(text, text_shift1, text_scale1), self.image.heads_of(image, shift1, scale1))
+        heads = zip(
+            self.text.heads_of(text, text_shift1, text_scale1), self.image.heads_of(image, shift1, scale1), strict=True
+        )
         q, k, v = (torch.cat(pair, dim=2) for pair in heads)
         mixed = attention(rotate(q, rope), rotate(k, rope), v)
         from_text, from_image = mixed.split([text.shape[1], image.shape[1]], dim=1)
@@ -177,9 +184,7 @@ class FluxNetwork(nn.Module):
         vector = vector + self.pooled_in(pooled.to(dtype))  # t b d
         return Prepared(
             text=self.text_in(text.to(dtype)),
-            rope=rope_table(
-                positions(text.shape[1], rows, columns, text.device), self.config.axes, self.config.theta
-            ),
+            rope=rope_table(positions(text.shape[1], rows, columns, text.device), self.config.axes, self.config.theta),
             table=self.modulation(vector),
         )
 
