@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +51,10 @@ def open_picture(path: str | Path) -> Image.Image:
     """
     allowed = f"a PNG, JPEG or WebP file of at most {MOST_PIXELS:,} pixels"
     try:
-        picture = Image.open(path, formats=FORMATS)
+        with warnings.catch_warnings():
+            # Pillow's own, much higher limit: ours follows.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(path, formats=FORMATS)
         if picture.width * picture.height > MOST_PIXELS:
             raise RequestError("picture", f"{path} ({picture.width}x{picture.height})", allowed)
         picture.load()
@@ -100,9 +104,8 @@ def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
         raise MetadataError(f"{path}: no `{KEY}` text in the file; only PNGs that Calotype wrote can be repeated")
     try:
         record = json.loads(text)
-        job = record["job"]
-        assert isinstance(job, dict)
-    except (json.JSONDecodeError, KeyError, TypeError, AssertionError) as error:
+        job = dict(record["job"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MetadataError(f"{path}: its `{KEY}` text is damaged ({error}); nothing can be read from it") from error
     return Request.from_dict({name: value for name, value in job.items() if value is not None}), record
 
@@ -115,8 +118,14 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"{path}: unknown kind of picture {path.suffix!r}; use .png, .jpg or .webp")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: there is no folder {path.parent}; make it first")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise OutputError(f"{path}: not writable; choose another place with --out")
+    try:
+        # A trial: permissions alone do not tell of read-only disks.
+        with tempfile.TemporaryFile(dir=path.parent):
+            writable = not path.exists() or os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise OutputError(f"{path}: not writable; choose another place")
 
 
 def save(picture: Image.Image, path: str | Path) -> None:
@@ -126,19 +135,20 @@ def save(picture: Image.Image, path: str | Path) -> None:
     """
     path = Path(path)
     check_writable(path)
-    options: Mapping[str, Any] = (
-        {"pnginfo": _text_chunks(picture)} if path.suffix.lower() == ".png" else {"quality": 95}
-    )
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    ending = path.suffix.lower()
+    options: Mapping[str, Any] = {"pnginfo": _text_chunks(picture)} if ending == ".png" else {"quality": 95}
+    name = None
     try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".calotype-", suffix=ending)
         with os.fdopen(handle, "wb") as file:
-            picture.save(file, format=Image.registered_extensions()[path.suffix.lower()], **options)
+            picture.save(file, format=Image.registered_extensions()[ending], **options)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except BaseException as error:
-        Path(name).unlink(missing_ok=True)
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OutputError(f"{path}: could not be written ({error})") from error
         raise
