@@ -47,16 +47,18 @@ def load(
     """The model that files, folders or a hub id hold between them, in any order; the built-in one if none is given.
 
     device   where it computes: "cuda" where there is one, else "cpu"
-    dtype    "float32", "bfloat16" or "float16"; None keeps what each part is stored in (fp8 becomes bfloat16)
+    dtype    "float32", "bfloat16" or "float16"; None keeps what each part is stored in (fp8 becomes bfloat16), or
+             what the model's own calotype.json asks for
     memory   "auto" leaves weights in their files until they are needed; "resident" reads all of them now
 
     Raises a LoadError that says what came, what was wanted and what to do.
     """
     target = _device(device)
-    wanted = _dtype(dtype)
     if memory not in MEMORY:
         raise RequestError("memory", memory, "one of " + ", ".join(MEMORY))
     opened = gather(sources)
+    card = next((source.card for source in opened.sources if source.card), {})
+    wanted = _dtype(card.get("dtype") if dtype is None else dtype)
     family, chosen = _recognised(opened)
     configs = {role: part.config for role, part in chosen.items()}
     refusal = family.refusal(configs[family.backbone.name])
@@ -77,7 +79,6 @@ def load(
         for network in networks.values():
             network.to(target)
     scheduler = next((source.scheduler for source in opened.sources if source.scheduler is not None), None)
-    card = next((source.card for source in opened.sources if source.card), {})
     model = family.assemble(
         Assembly(
             networks=networks,

@@ -29,7 +29,6 @@ from calotype.request import Defaults
 from calotype.text.clip import VIT_L, ClipEncoder
 from calotype.text.t5 import XXL, T5Encoder
 
-PATCH = 4  # latent pixels in an image token
 VAE = AutoencoderConfig(
     latent_channels=16, widths=(128, 256, 512, 512), blocks=2, quant_convs=False, scale=0.3611, shift=0.1159
 )
@@ -65,7 +64,7 @@ def refusal(config: FluxConfig) -> str | None:
 def misfit(configs: Mapping[str, Any]) -> tuple[str, str] | None:
     """The first role whose configuration does not go with the transformer's, and why."""
     transformer: FluxConfig = configs["transformer"]
-    latents = transformer.image_width_out // PATCH
+    latents = transformer.image_width_out // transformer.patch**2
     for role, what, has, wants in (
         ("clip", "a CLIP encoder of width", configs["clip"].width, transformer.pooled_width),
         ("t5", "a T5 encoder of width", configs["t5"].width, transformer.text_width),

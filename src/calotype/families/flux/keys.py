@@ -127,6 +127,7 @@ def _config(
         axes=tuple(axes),
         theta=10_000,
         guidance_input=guidance in evidence.weights,
+        patch=int(evidence.settings.get("latent_patch", DEV.patch)),
     )
 
 
@@ -172,6 +173,7 @@ def diffusers_settings(config: FluxConfig) -> dict[str, Any]:
         "pooled_projection_dim": config.pooled_width,
         "guidance_embeds": config.guidance_input,
         "axes_dims_rope": list(config.axes),
+        **({} if config.patch == DEV.patch else {"latent_patch": config.patch}),
     }
 
 
