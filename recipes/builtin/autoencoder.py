@@ -127,9 +127,8 @@ def fit(
             if spent - told > 20:
                 told = spent
                 with torch.inference_mode():
-                    report(
-                        f"{name} {spent:.0f} s, step {step}: loss {loss:.4f}, {psnr(network.decode(latents), held_out):.2f} dB"
-                    )
+                    quality = psnr(network.decode(latents), held_out)
+                report(f"{name} {spent:.0f} s, step {step}: loss {loss:.4f}, {quality:.2f} dB")
 
     train(
         network.decoder,

@@ -49,9 +49,9 @@ class Stage:
 # Each object by itself, as it is, nearly always on white: names first.
 BARE = replace(FIXED, kinds={"single": 1.0}, recolour=0.0, background=0.15, synonym=0.05, unknown=0.0, decorate=0.0)
 CURRICULUM = (
-    Stage(until=0.35, varieties=((BARE, 1.0),), pure=0.9, noisy=1.5),
-    Stage(until=0.60, varieties=((BARE, 0.3), (FIXED, 0.7)), pure=0.4, noisy=1.3),
-    Stage(until=1.00, varieties=((BARE, 0.1), (FIXED, 0.4), (VARIED, 0.3), (FREE, 0.2)), pure=0.1, noisy=1.0),
+    Stage(until=0.36, varieties=((BARE, 1.0),), pure=0.9, noisy=1.5),
+    Stage(until=0.62, varieties=((BARE, 0.15), (FIXED, 0.85)), pure=0.35, noisy=1.2),
+    Stage(until=1.00, varieties=((BARE, 0.05), (FIXED, 0.25), (VARIED, 0.4), (FREE, 0.3)), pure=0.12, noisy=0.9),
 )
 
 
@@ -68,7 +68,7 @@ class Plan:
 
 
 PLANS = {
-    "cpu": Plan(steps=1250, warm=40, decay=0.35, muon_rate=6e-3, adam_rate=1.5e-3, average=0.99),
+    "cpu": Plan(steps=1200, warm=40, decay=0.3, muon_rate=6e-3, adam_rate=1.5e-3, average=0.99),
     "gpu": Plan(steps=12000, warm=200, decay=0.4, muon_rate=4e-3, adam_rate=1.5e-3, average=0.999),
 }
 
@@ -179,7 +179,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = group["rate"] * share
             optimizer.zero_grad()
-        losses = loss_of(networks, latents, ids, sigma, scale.patch)
+        losses = loss_of(networks, latents, ids, sigma, scale.transformer.patch)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_([p for group in adam.param_groups for p in group["params"]], 1.0)
         muon.step()

@@ -29,6 +29,7 @@ FLUX = FluxConfig(
     axes=(4, 10, 10),
     theta=10_000,
     guidance_input=True,
+    patch=2,
 )
 T5 = T5Config(vocabulary=16, width=24, layers=2, heads=2, head_width=8, mlp_width=32, buckets=32, distance=128)
 CLIP = ClipConfig(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -55,9 +54,7 @@ class FluxModel(FamilyModel[FluxConditioning]):
         self.clip_tokenizer = clip_tokenizer
         self.t5_tokenizer = t5_tokenizer
         self.sampling = sampling
-        # Latents a side of one image token: 2 in FLUX.1 itself.
-        self.patch = math.isqrt(transformer.config.image_width_out // vae.config.latent_channels)
-        self.defaults = replace(defaults, grain=LATENT_GRAIN * self.patch)
+        self.defaults = replace(defaults, grain=LATENT_GRAIN * transformer.config.patch)
         self.variant = variant
         self.source = source
         self.device = device
@@ -103,7 +100,7 @@ class FluxModel(FamilyModel[FluxConditioning]):
     def denoiser(self, conditioning: FluxConditioning, levels: Sequence[Level], job: Job) -> Denoise:
         network = self.transformer
         number = {level.time: i for i, level in enumerate(levels)}
-        grain, patch = self.defaults.grain, self.patch
+        grain, patch = self.defaults.grain, network.config.patch
         rows, columns = job.height // grain, job.width // grain
         prepared = network.prepare(
             conditioning.text,

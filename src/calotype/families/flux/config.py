@@ -10,7 +10,8 @@ class FluxConfig:
     """The transformer.
 
     `image_width` is the width of an image token that enters (patch² latent channels, more for FLUX.1 Fill),
-    `image_width_out` of one that leaves; `axes` are the channels of a head rotated by text, row and column position.
+    `image_width_out` of one that leaves; `patch` is the side of an image token in latents; `axes` are the channels of a head rotated by
+    text, row and column position.
     """
 
     image_width: int
@@ -25,6 +26,7 @@ class FluxConfig:
     axes: tuple[int, ...]
     theta: int
     guidance_input: bool
+    patch: int
 
 
 DEV = FluxConfig(
@@ -40,6 +42,7 @@ DEV = FluxConfig(
     axes=(16, 56, 56),
     theta=10_000,
     guidance_input=True,
+    patch=2,
 )
 SCHNELL = replace(DEV, guidance_input=False)
 FILL = replace(DEV, image_width=384)

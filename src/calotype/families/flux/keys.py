@@ -127,7 +127,7 @@ def _config(
         axes=tuple(axes),
         theta=10_000,
         guidance_input=guidance in evidence.weights,
-        patch=int(evidence.settings.get("latent_patch", DEV.patch)),
+        patch=evidence.number("latent_patch", DEV.patch),
     )
 
 
