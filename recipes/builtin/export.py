@@ -39,7 +39,8 @@ def export(scale: Scale, networks: Networks, vae: Mapping[str, Tensor], data: Pa
         ("vae", TINY_AUTOENCODER, scale.vae, vae),
     )
     size = 0
-    index: dict[str, Any] = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    index: dict[str, Any] = {"_class_name": "FluxPipeline"}
+    index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     for folder, part, config, state in parts:
         layout = next(layout for layout in part.layouts if layout.settings is not None)
         assert layout.settings is not None
