@@ -39,7 +39,8 @@ class RequestError(CalotypeError, ValueError):
     def __init__(self, field: str, value: object, allowed: str) -> None:
         shown = repr(value)
         if len(shown) > 80:
-            shown = f"{shown[:60]}... ({len(shown):,} characters)"
+            # Both ends: a path's tells the file.
+            shown = f"{shown[:40]} ... {shown[-30:]} ({len(shown):,} characters)"
         super().__init__(f"{field}: got {shown}; allowed: {allowed}")
         self.field = field
         self.value = value

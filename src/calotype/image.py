@@ -49,20 +49,28 @@ def open_picture(path: str | Path) -> Image.Image:
 
     Raises RequestError naming the file and what is wrong with it; the size is checked before anything is decoded.
     """
-    allowed = f"a PNG, JPEG or WebP file of at most {MOST_PIXELS:,} pixels"
     try:
         with warnings.catch_warnings():
             # Pillow's own, much higher limit: ours follows.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(path, formats=FORMATS)
-        if picture.width * picture.height > MOST_PIXELS:
-            raise RequestError("picture", f"{path} ({picture.width}x{picture.height})", allowed)
-        picture.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+            opened = Image.open(path, formats=FORMATS)
+        with opened as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise _unreadable(path, f"it has {picture.width} x {picture.height}")
+            picture.load()
+    except UnidentifiedImageError:
+        raise _unreadable(path, "it is none of these") from None
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError("picture", f"{path} ({error})", allowed) from error
+        raise _unreadable(path, str(error)) from error
     return picture
+
+
+def _unreadable(path: str | Path, why: str) -> RequestError:
+    return RequestError("picture", str(path), f"a PNG, JPEG or WebP file of at most {MOST_PIXELS:,} pixels; {why}")
 
 
 def embed_metadata(picture: Image.Image, job: Job, *, model: str, source: str) -> None:

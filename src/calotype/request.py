@@ -55,6 +55,11 @@ def _text(field: str, value: object) -> None:
         raise RequestError(field, value, "text")
     if len(value) > MAX_PROMPT:
         raise RequestError(field, value, f"at most {MAX_PROMPT:,} characters")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # What a terminal sends in another encoding: neither a tokenizer nor a file's metadata can hold it.
+        raise RequestError(field, value, "text in valid Unicode") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,301 @@
+"""Pictures in and out, and the metadata that lets one be drawn again."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from calotype.errors import MetadataError, OutputError, RequestError
+from calotype.image import (
+    A1111_KEY,
+    KEY,
+    a1111_parameters,
+    check_writable,
+    embed_metadata,
+    open_picture,
+    read_metadata,
+    save,
+    to_pil,
+    to_tensor,
+)
+from calotype.request import Job, Request
+from calotype.version import VERSION
+
+JOB = Job(
+    prompt="a red fox,\nby night: 狐 🦊 \\(x\\)",
+    negative_prompt="snow",
+    width=32,
+    height=16,
+    steps=4,
+    cfg_scale=3.5,
+    cfg_rescale=0.25,
+    embedded_guidance=None,
+    seed=2**62,
+    count=1,
+    sampler="dpmpp_2m",
+    schedule="beta",
+    shift=None,
+    text_tokens=256,
+)
+
+
+def drawn(job: Job = JOB) -> Image.Image:
+    picture = to_pil(torch.linspace(0, 1, 3 * 16 * 32).reshape(3, 16, 32))
+    embed_metadata(picture, job, model="flux/dev", source="flux1-dev.safetensors, ae.safetensors")
+    return picture
+
+
+def png_of_size(path: Path, width: int, height: int) -> Path:
+    """A PNG's header that promises a size, and hardly any pixels behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)))
+    return path
+
+
+def with_text(path: Path, text: str | None) -> Path:
+    chunks = PngInfo()
+    if text is not None:
+        chunks.add_itxt(KEY, text)
+    Image.new("RGB", (4, 4)).save(path, pnginfo=chunks)
+    return path
+
+
+def test_every_level_survives_tensor_and_picture() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    picture = Image.fromarray(np.stack([levels, levels.T, 255 - levels], axis=-1))
+    tensor = to_tensor(picture)
+    assert tensor.shape == (3, 16, 16)
+    assert tensor.dtype == torch.float32
+    assert (tensor.min().item(), tensor.max().item()) == (0.0, 1.0)
+    assert to_pil(tensor).tobytes() == picture.tobytes()
+
+
+def test_values_are_clipped_and_rounded_to_nearest() -> None:
+    tensor = torch.tensor([-1.0, 0.4 / 255, 0.6 / 255, 2.0]).expand(3, 1, 4)
+    assert np.asarray(to_pil(tensor))[0, :, 0].tolist() == [0, 0, 1, 255]
+    assert to_pil(torch.ones(3, 2, 2, dtype=torch.bfloat16)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_other_modes_become_rgb() -> None:
+    assert to_tensor(Image.new("L", (3, 2), 255)).shape == (3, 2, 3)
+    assert to_tensor(Image.new("RGBA", (3, 2), (255, 0, 0, 128)))[:, 0, 0].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_metadata_comes_back_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "fox.png"
+    save(drawn(), path)
+    request, record = read_metadata(path)
+    assert {name: value for name, value in request.to_dict().items() if value is not None} == {
+        name: value for name, value in vars(JOB).items() if value is not None
+    }
+    assert (record["version"], record["model"]) == (VERSION, "flux/dev")
+    assert record["source"] == "flux1-dev.safetensors, ae.safetensors"
+    assert open_picture(path).tobytes() == drawn().tobytes()
+
+
+@pytest.mark.parametrize("prompt", ["", "\0", "x" * 20_000, 'a "fox": {\n}', "é狐🦊"])
+def test_any_prompt_comes_back(tmp_path: Path, prompt: str) -> None:
+    path = tmp_path / "fox.png"
+    save(drawn(Job(**{**vars(JOB), "prompt": prompt})), path)
+    assert read_metadata(path)[0].prompt == prompt
+
+
+def test_the_a1111_text_has_its_three_parts() -> None:
+    text = a1111_parameters(Job(**{**vars(JOB), "prompt": "a fox", "embedded_guidance": 3.5}), "flux/dev")
+    assert text == (
+        "a fox\n"
+        "Negative prompt: snow\n"
+        "Steps: 4, Sampler: dpmpp_2m, Schedule type: beta, CFG scale: 3.5, Distilled CFG Scale: 3.5, "
+        f"Seed: {2**62}, Size: 32x16, Model: flux/dev, Version: Calotype {VERSION}"
+    )
+    plain = a1111_parameters(Job(**{**vars(JOB), "negative_prompt": ""}), "flux/dev")
+    assert "Negative" not in plain
+    assert "Distilled" not in plain
+
+
+def test_other_programs_find_the_a1111_text_in_the_file(tmp_path: Path) -> None:
+    save(drawn(), tmp_path / "fox.png")
+    with Image.open(tmp_path / "fox.png") as picture:
+        assert picture.info[A1111_KEY] == drawn().info[A1111_KEY]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        "7",
+        "null",
+        "{}",
+        '{"job": 5}',
+        '{"job": null}',
+        '{"job": [1, 2]}',
+        "[" * 100_000,
+        '{"job": ' * 50_000,
+        "1" * 10_000,
+    ],
+)
+def test_missing_or_damaged_metadata_is_said(tmp_path: Path, text: str | None) -> None:
+    path = with_text(tmp_path / "fox.png", text)
+    with pytest.raises(MetadataError, match="fox.png"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize(
+    ("job", "field"),
+    [
+        ({"prompt": 7}, "prompt"),
+        ({"steps": 3}, "prompt"),
+        ({"prompt": "a fox", "steps": 0}, "steps"),
+        ({"prompt": "a fox", "cfg_scale": float("nan")}, "cfg_scale"),
+        ({"prompt": "a fox", "from_the_future": 1}, "from_the_future"),
+    ],
+)
+def test_metadata_is_checked_like_any_request(tmp_path: Path, job: dict[str, Any], field: str) -> None:
+    path = with_text(tmp_path / "fox.png", json.dumps({"job": job}))
+    with pytest.raises(RequestError) as caught:
+        read_metadata(path)
+    assert caught.value.field == field
+
+
+def test_metadata_without_a_model_still_gives_its_request(tmp_path: Path) -> None:
+    path = with_text(tmp_path / "fox.png", json.dumps({"job": {"prompt": "a fox", "seed": None}}))
+    assert read_metadata(path) == (Request(prompt="a fox"), {"job": {"prompt": "a fox", "seed": None}})
+
+
+@pytest.mark.parametrize("size", [(9400, 9400), (12_000, 12_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
+def test_a_picture_bomb_is_refused_before_it_is_decoded(
+    tmp_path: Path, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(self: Image.Image) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    path = png_of_size(tmp_path / "bomb.png", *size)
+    with pytest.raises(RequestError, match="bomb.png.*64,000,000 pixels"):
+        open_picture(path)
+
+
+def test_a_text_bomb_is_refused(tmp_path: Path) -> None:
+    chunks = PngInfo()
+    chunks.add_text(KEY, " " * 30_000_000, zip=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "bomb.png", pnginfo=chunks)
+    with pytest.raises(RequestError, match="bomb.png"):
+        read_metadata(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x89PNG\r\n\x1a\n", b"no picture at all", b"GIF89a" + b"\0" * 50],
+    ids=["empty", "start", "text", "gif"],
+)
+def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "fox.png").write_bytes(content)
+    with pytest.raises(RequestError, match="fox.png.*allowed: a PNG, JPEG or WebP"):
+        open_picture(tmp_path / "fox.png")
+
+
+def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "fox.png"
+    save(drawn(), path)
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(RequestError, match="fox.png"):
+        open_picture(path)
+
+
+def test_a_missing_picture_or_a_folder_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.png", tmp_path):
+        with pytest.raises(RequestError, match=path.name):
+            open_picture(path)
+
+
+@pytest.mark.parametrize("name", ["fox.png", "fox.PNG", "fox.jpg", "fox.jpeg", "fox.webp"])
+def test_the_ending_names_the_format(tmp_path: Path, name: str) -> None:
+    save(drawn(), tmp_path / name)
+    picture = open_picture(tmp_path / name)
+    assert picture.format == {"png": "PNG", "webp": "WEBP"}.get(name.split(".")[1].lower(), "JPEG")
+    assert picture.size == (32, 16)
+
+
+@pytest.mark.parametrize("name", ["fox", "fox.gif", "fox.tar.gz", "none/fox.png", "file/fox.png", "."])
+def test_an_impossible_place_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=name.split("/")[0]):
+        check_writable(tmp_path / name)
+    with pytest.raises(OutputError):
+        save(drawn(), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_without_room_for_new_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="not writable"):
+        check_writable(tmp_path / "fox.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_protected_file_or_folder_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "fox.png"
+    file.write_bytes(b"precious")
+    file.chmod(0o444)
+    with pytest.raises(OutputError, match="not writable"):
+        check_writable(file)
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(OutputError, match="not writable"):
+            check_writable(tmp_path / "new.png")
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "fox.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])
+def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    path = tmp_path / "fox.png"
+    path.write_bytes(b"old")
+
+    def half(self: Image.Image, file: Any, **options: object) -> None:
+        file.write(b"half a picture")
+        raise error("stopped")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OutputError if error is OSError else error, match="stopped"):
+        save(drawn(), path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["fox.png"]
+    assert path.read_bytes() == b"old"
+
+
+def test_a_saved_file_has_ordinary_permissions(tmp_path: Path) -> None:
+    save(drawn(), tmp_path / "fox.png")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "fox.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_long_name_is_no_obstacle(tmp_path: Path) -> None:
+    save(drawn(), tmp_path / ("x" * 250 + ".png"))
+    assert (tmp_path / ("x" * 250 + ".png")).exists()
