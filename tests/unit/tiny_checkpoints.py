@@ -155,3 +155,18 @@ def pipeline(folder: Path, *, tiny_vae: bool = False) -> Path:
         index[name] = ["library", "Class"]
     write_json(folder / "model_index.json", index)
     return folder
+
+
+def everything(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A whole model in one file, as ComfyUI saves it."""
+    return {
+        **under("model.diffusion_model.", tensors(TRANSFORMER, "original", FLUX, dtype=dtype)),
+        **under("vae.", tensors(AUTOENCODER, "original", VAE, seed=3, dtype=dtype)),
+        **under(
+            "text_encoders.clip_l.transformer.",
+            tensors(CLIP, "transformers", CLIP_TEXT, seed=1, dtype=dtype, extras=("text_projection.weight",)),
+        ),
+        **under("text_encoders.t5xxl.transformer.", tensors(T5, "transformers", T5_TEXT, seed=2, dtype=dtype)),
+        "text_encoders.clip_l.logit_scale": torch.zeros(()),
+        "text_encoders.t5xxl.logit_scale": torch.zeros(()),
+    }

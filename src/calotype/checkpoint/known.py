@@ -120,7 +120,7 @@ def _lora_family(shapes: Mapping[str, Shape]) -> str | None:
     inward = {
         shape[1]
         for key, shape in shapes.items()
-        if "attn2" in key and re.search(r"to_k\.?(lora)?\W?(lora_down|lora_A|down|lora\.down)", key) and len(shape) >= 2
+        if "attn2" in key and re.search(r"to_k[._]lora[._](down|A)", key) and len(shape) >= 2
     }
     if "lora_te2_" in names or "text_encoder_2" in names or 2048 in inward:
         return "sdxl"

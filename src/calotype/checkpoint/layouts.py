@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from calotype.checkpoint.files import Shape, Weights
 from calotype.checkpoint.keys import Binding, Table
@@ -113,6 +114,20 @@ class Layout(Generic[K]):
     settings: Callable[[K], dict[str, Any]] | None = None
 
 
+class _Unfilled(TorchFunctionMode):
+    """Modules built without drawing their first weights: there is nothing to fill on meta, and to find that out torch
+    would import eight hundred modules.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given.get("tensor", next(iter(args), None))
+        return func(*args, **given)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part(Generic[K]):
     """A network that models are made of. `name` is its role: transformer, clip, t5, vae."""
@@ -130,7 +145,7 @@ class Part(Generic[K]):
 
     def bind(self, layout: Layout[K], config: K) -> tuple[nn.Module, Binding]:
         """The network of a configuration, without memory behind it, and the layout's table for it."""
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             network = self.network(config)
         shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
         return network, layout.table(config).bind(shapes)
