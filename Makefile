@@ -15,7 +15,7 @@ test: $(VENV)/.tests  ## the tests, in a few minutes on two cores
 check: $(VENV)/.checks  ## lint, format, types, architecture
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.tests  ## against diffusers, in turns, on random weights

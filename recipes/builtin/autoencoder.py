@@ -99,7 +99,7 @@ def fit(
     report: Callable[[str], None] = print,
 ) -> TinyAutoencoder:
     """Learn the decoder, then the encoder, each for the given time; the learning rate decays over the last 60 %."""
-    network = TinyAutoencoder(config).to(device, memory_format=torch.channels_last)  # half again as fast on a CPU
+    network = TinyAutoencoder(config).to(device).to(memory_format=torch.channels_last)  # half again as fast on a CPU
     initialise(network)
     held_out = pictures(64)
     latents = basis.encode(held_out)
@@ -157,7 +157,7 @@ def scene_pictures(library: Library, scale: Scale, device: torch.device, seed: i
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     arguments.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     arguments.add_argument("--data", type=Path, default=DATA)
     arguments.add_argument("--device", default="cpu")

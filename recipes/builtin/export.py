@@ -32,16 +32,10 @@ STEPS, CFG_SCALE = 16, 1.5
 
 def export(scale: Scale, networks: Networks, vae: Mapping[str, Tensor], data: Path, out: Path) -> int:
     """Write the model to `out` and return the bytes of its weights."""
-    parts: tuple[tuple[str, Part[Any], Any, Mapping[str, Tensor]], ...] = (
-        ("transformer", TRANSFORMER, scale.transformer, networks.transformer.state_dict()),
-        ("text_encoder", CLIP, scale.clip, networks.clip.state_dict()),
-        ("text_encoder_2", T5, scale.t5, networks.t5.state_dict()),
-        ("vae", TINY_AUTOENCODER, scale.vae, vae),
-    )
     size = 0
     index: dict[str, Any] = {"_class_name": "FluxPipeline"}
     index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    for folder, part, config, state in parts:
+    for folder, part, config, state in _parts(scale, networks, vae):
         layout = next(layout for layout in part.layouts if layout.settings is not None)
         assert layout.settings is not None
         _, binding = part.bind(layout, config)
@@ -79,6 +73,18 @@ def export(scale: Scale, networks: Networks, vae: Mapping[str, Tensor], data: Pa
     _write_json(out / "calotype.json", {"variant": "builtin", "dtype": "float32", "defaults": defaults})
     _write_json(out / "model_index.json", index)
     return size
+
+
+Trained = tuple[str, Part[Any], Any, Mapping[str, Tensor]]  # folder, part, configuration, weights
+
+
+def _parts(scale: Scale, networks: Networks, vae: Mapping[str, Tensor]) -> tuple[Trained, ...]:
+    return (
+        ("transformer", TRANSFORMER, scale.transformer, networks.transformer.state_dict()),
+        ("text_encoder", CLIP, scale.clip, networks.clip.state_dict()),
+        ("text_encoder_2", T5, scale.t5, networks.t5.state_dict()),
+        ("vae", TINY_AUTOENCODER, scale.vae, vae),
+    )
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

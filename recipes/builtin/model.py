@@ -11,10 +11,12 @@ from torch import nn
 from calotype.families.flux import FluxModel
 from calotype.families.flux import defaults as flux_defaults
 from calotype.families.flux.config import SCHNELL_SAMPLING, FluxConfig
-from calotype.families.flux.network import FluxNetwork
+from calotype.families.flux.network import FluxNetwork, Modulation, SingleBlock, Stream
 from calotype.nn.norms import RMSNorm
 from calotype.nn.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from calotype.text.clip import ClipConfig, ClipEncoder
+from calotype.text.clip import Layer as ClipLayer
+from calotype.text.t5 import Layer as T5Layer
 from calotype.text.t5 import T5Config, T5Encoder
 from calotype.text.tokenizers import PromptTokenizer
 
@@ -116,36 +118,33 @@ def initialise(networks: Networks) -> None:
     for module in networks.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            for name, bias in module.named_parameters():
+                if name == "bias":
+                    nn.init.zeros_(bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=1.0)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
     nn.init.normal_(networks.t5.position_bias.weight, std=0.1)
     nn.init.normal_(networks.clip.positions.weight, std=0.3)
-    for layer in (*networks.t5.layers, *networks.clip.layers):
-        layer.attention_out.weight.mul_(0.5)
-        layer.mlp_out.weight.mul_(0.5)
-    for layer in networks.t5.layers:  # T5 does not divide its logits by sqrt(head width)
-        layer.q.weight.mul_(networks.t5.config.head_width**-0.5)
-    transformer = networks.transformer
-    width = transformer.config.width
-    for layers, rows in (
-        (transformer.modulation.joint_image, 6),
-        (transformer.modulation.joint_text, 6),
-        (transformer.modulation.single, 3),
-    ):
-        for layer in layers:
-            layer.weight.mul_(0.2)
-            layer.bias.view(rows, width)[2::3] = 0.5  # gates
-    transformer.modulation.out.weight.mul_(0.2)
-    for block in transformer.joint:
-        for stream in (block.image, block.text):
-            nn.init.normal_(stream.qkv.bias[: 2 * width])
-    for block in transformer.single:
-        nn.init.normal_(block.inward.bias[: 2 * width])
-    nn.init.zeros_(transformer.out.weight)
+    width = networks.transformer.config.width
+    for module in networks.modules():
+        if isinstance(module, (T5Layer, ClipLayer)):
+            module.attention_out.weight.mul_(0.5)
+            module.mlp_out.weight.mul_(0.5)
+        if isinstance(module, T5Layer):  # T5 does not divide its logits by sqrt(head width)
+            module.q.weight.mul_(networks.t5.config.head_width**-0.5)
+        elif isinstance(module, Stream):
+            nn.init.normal_(module.qkv.bias[: 2 * width])
+        elif isinstance(module, SingleBlock):
+            nn.init.normal_(module.inward.bias[: 2 * width])
+        elif isinstance(module, Modulation):
+            for parameter in module.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(0.2)
+                elif parameter.shape[0] != 2 * width:  # all but the last: shift, scale, gate, over again
+                    parameter.view(-1, width)[2::3] = 0.5
+    nn.init.zeros_(networks.transformer.out.weight)
 
 
 def tokenizers(file: str) -> tuple[PromptTokenizer, PromptTokenizer]:

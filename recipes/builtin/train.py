@@ -28,7 +28,7 @@ from recipes.builtin.fetch import DATA
 from recipes.builtin.library import Library, load_library
 from recipes.builtin.model import END, PAD, SCALES, START, Networks, Scale
 from recipes.builtin.optimizer import optimizers
-from recipes.builtin.scenes import FIXED, FREE, VARIED, Variety, caption, compose, sample_scenes
+from recipes.builtin.scenes import FIXED, Variety, caption, compose, sample_scenes
 
 DROPPED = 0.1  # share of captions left empty, for classifier-free guidance
 
@@ -48,10 +48,15 @@ class Stage:
 
 # Each object by itself, as it is, nearly always on white: names first.
 BARE = replace(FIXED, kinds={"single": 1.0}, recolour=0.0, background=0.15, synonym=0.05, unknown=0.0, decorate=0.0)
+# The same for halves and quarters of the canvas: which name goes where.
+TOGETHER = replace(BARE, kinds={"pair": 0.6, "count": 0.3, "sized": 0.1}, background=0.25)
+# Mirrored, smaller or a little aside where the caption does not say.
+LIVELY = replace(FIXED, flip=0.5, scale=(0.85, 1.0), shift=4 / 128, tint=0.04)
 CURRICULUM = (
-    Stage(until=0.36, varieties=((BARE, 1.0),), pure=0.9, noisy=1.5),
-    Stage(until=0.62, varieties=((BARE, 0.15), (FIXED, 0.85)), pure=0.35, noisy=1.2),
-    Stage(until=1.00, varieties=((BARE, 0.05), (FIXED, 0.25), (VARIED, 0.4), (FREE, 0.3)), pure=0.12, noisy=0.9),
+    Stage(until=0.40, varieties=((BARE, 1.0),), pure=0.9, noisy=1.5),
+    Stage(until=0.66, varieties=((BARE, 0.15), (FIXED, 0.85)), pure=0.35, noisy=1.2),
+    Stage(until=0.87, varieties=((BARE, 0.1), (FIXED, 0.3), (TOGETHER, 0.6)), pure=0.4, noisy=1.0),
+    Stage(until=1.00, varieties=((FIXED, 0.45), (TOGETHER, 0.3), (LIVELY, 0.25)), pure=0.1, noisy=0.4),
 )
 
 
@@ -68,7 +73,7 @@ class Plan:
 
 
 PLANS = {
-    "cpu": Plan(steps=1200, warm=40, decay=0.3, muon_rate=6e-3, adam_rate=1.5e-3, average=0.99),
+    "cpu": Plan(steps=1070, warm=40, decay=0.25, muon_rate=6e-3, adam_rate=1.5e-3, average=0.99),
     "gpu": Plan(steps=12000, warm=200, decay=0.4, muon_rate=4e-3, adam_rate=1.5e-3, average=0.999),
 }
 

@@ -6,7 +6,6 @@ family's `Defaults` and returns a `Job`, in which every value is settled. Both c
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -45,8 +44,7 @@ def _whole(field: str, value: object, low: int, high: int) -> None:
 
 
 def _real(field: str, value: object, low: float, high: float) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # NaN is neither
         raise RequestError(field, value, f"a finite number from {low:g} to {high:g}")
 
 

@@ -111,7 +111,7 @@ def build(folder: Path, *, guidance: bool, dynamic: bool = True, tiny_vae: bool 
         randomised(module, seed, spread=0.13 if module is vae and tiny_vae else 0.08)
     if tiny_vae:  # without norms its pictures hug black: lift them to mid grey
         with torch.no_grad():
-            vae.decoder.layers[-1].bias.fill_(0.4)
+            list(vae.decoder.parameters())[-1].fill_(0.4)
     pipeline = FluxPipeline(
         transformer=transformer,
         text_encoder=clip,

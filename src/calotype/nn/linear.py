@@ -36,5 +36,5 @@ class Linear(nn.Linear):
         half_on_cpu = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu"
         if not half_on_cpu or input.numel() < ROWS * input.shape[-1] or native(weight.dtype):
             return F.linear(input, weight, self.bias)
-        bias = None if self.bias is None else self.bias.float()
+        bias = None if self.bias is None else self.bias.float()  # pyright: ignore[reportUnnecessaryComparison]
         return F.linear(input.float(), weight.float(), bias).to(input.dtype)

@@ -50,7 +50,8 @@ class FluxModel(FamilyModel[FluxConditioning]):
         self.transformer = transformer
         self.clip = clip
         self.t5 = t5
-        self.vae: Autoencoder | TinyAutoencoder = vae
+        # Narrower than the base class says, and never replaced.
+        self.vae: Autoencoder | TinyAutoencoder = vae  # pyright: ignore[reportIncompatibleVariableOverride]
         self.clip_tokenizer = clip_tokenizer
         self.t5_tokenizer = t5_tokenizer
         self.sampling = sampling

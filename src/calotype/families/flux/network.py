@@ -41,14 +41,14 @@ class Modulation(nn.Module):
         """(t b d) -> a table of t b 1 d rows."""
         vector = F.silu(vector)
 
-        def rows(layer: nn.Module) -> tuple[Tensor, ...]:
-            return tuple(layer(vector).unsqueeze(-2).chunk(layer.out_features // vector.shape[-1], dim=-1))
+        def rows(layer: nn.Module, count: int) -> tuple[Tensor, ...]:
+            return tuple(layer(vector).unsqueeze(-2).chunk(count, dim=-1))
 
         return ModulationTable(
-            joint_image=tuple(map(rows, self.joint_image)),
-            joint_text=tuple(map(rows, self.joint_text)),
-            single=tuple(map(rows, self.single)),
-            out=rows(self.out),
+            joint_image=tuple(rows(layer, 6) for layer in self.joint_image),
+            joint_text=tuple(rows(layer, 6) for layer in self.joint_text),
+            single=tuple(rows(layer, 3) for layer in self.single),
+            out=rows(self.out, 2),
         )
 
 
