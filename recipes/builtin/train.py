@@ -28,7 +28,7 @@ from recipes.builtin.fetch import DATA
 from recipes.builtin.library import Library, load_library
 from recipes.builtin.model import END, PAD, SCALES, START, Networks, Scale
 from recipes.builtin.optimizer import optimizers
-from recipes.builtin.scenes import FIXED, Variety, caption, compose, sample_scenes
+from recipes.builtin.scenes import FIXED, FREE, VARIED, Variety, caption, compose, sample_scenes
 
 DROPPED = 0.1  # share of captions left empty, for classifier-free guidance
 
@@ -49,32 +49,45 @@ class Stage:
 # Each object by itself, as it is, nearly always on white: names first.
 BARE = replace(FIXED, kinds={"single": 1.0}, recolour=0.0, background=0.15, synonym=0.05, unknown=0.0, decorate=0.0)
 # The same for halves and quarters of the canvas: which name goes where.
-TOGETHER = replace(BARE, kinds={"pair": 0.6, "count": 0.3, "sized": 0.1}, background=0.25)
+TOGETHER = replace(BARE, kinds={"pair": 0.65, "count": 0.35}, background=0.1)
 # Mirrored, smaller or a little aside where the caption does not say.
 LIVELY = replace(FIXED, flip=0.5, scale=(0.85, 1.0), shift=4 / 128, tint=0.04)
-CURRICULUM = (
-    Stage(until=0.40, varieties=((BARE, 1.0),), pure=0.9, noisy=1.5),
-    Stage(until=0.66, varieties=((BARE, 0.15), (FIXED, 0.85)), pure=0.35, noisy=1.2),
-    Stage(until=0.87, varieties=((BARE, 0.1), (FIXED, 0.3), (TOGETHER, 0.6)), pure=0.4, noisy=1.0),
-    Stage(until=1.00, varieties=((FIXED, 0.45), (TOGETHER, 0.3), (LIVELY, 0.25)), pure=0.1, noisy=0.4),
+ON_TWO_CORES = (
+    Stage(until=0.35, varieties=((BARE, 1.0),), pure=0.9, noisy=1.5),
+    Stage(until=0.60, varieties=((BARE, 0.15), (FIXED, 0.85)), pure=0.35, noisy=1.2),
+    Stage(until=0.90, varieties=((BARE, 0.05), (FIXED, 0.15), (TOGETHER, 0.8)), pure=0.75, noisy=1.2),
+    Stage(until=1.00, varieties=((FIXED, 0.45), (TOGETHER, 0.3), (LIVELY, 0.25)), pure=0.1, noisy=0.3),
+)
+ON_A_GPU = (
+    Stage(until=0.08, varieties=((BARE, 1.0),), pure=0.9, noisy=1.5),
+    Stage(until=0.20, varieties=((BARE, 0.2), (TOGETHER, 0.5), (FIXED, 0.3)), pure=0.4, noisy=1.2),
+    Stage(until=0.45, varieties=((FIXED, 0.4), (LIVELY, 0.2), (VARIED, 0.4)), pure=0.15, noisy=1.0),
+    Stage(until=1.00, varieties=((FIXED, 0.1), (VARIED, 0.4), (FREE, 0.5)), pure=0.05, noisy=0.6),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long, and how fast; the rates rise over `warm` steps and fall to a twentieth over the last `decay` share."""
+    """How long, how fast and on what.
+
+    The rates rise over `warm` steps and fall to a twentieth over the last `decay` share of all `steps`; `average` is
+    how much of the kept weights, an exponential moving average, stays at each step.
+    """
 
     steps: int
     warm: int
     decay: float
     muon_rate: float
     adam_rate: float
-    average: float  # of the weights that are kept: an exponential moving average
+    average: float
+    curriculum: tuple[Stage, ...]
 
 
 PLANS = {
-    "cpu": Plan(steps=1070, warm=40, decay=0.25, muon_rate=6e-3, adam_rate=1.5e-3, average=0.99),
-    "gpu": Plan(steps=12000, warm=200, decay=0.4, muon_rate=4e-3, adam_rate=1.5e-3, average=0.999),
+    "cpu": Plan(
+        steps=1220, warm=40, decay=0.12, muon_rate=6e-3, adam_rate=1.5e-3, average=0.99, curriculum=ON_TWO_CORES
+    ),
+    "gpu": Plan(steps=12000, warm=200, decay=0.4, muon_rate=4e-3, adam_rate=1.5e-3, average=0.999, curriculum=ON_A_GPU),
 }
 
 
@@ -177,7 +190,7 @@ def main() -> None:
     high: list[float] = []
     low: list[float] = []
     while step < plan.steps and time.monotonic() - started < 60 * given.minutes:
-        stage = next(stage for stage in CURRICULUM if step < stage.until * plan.steps)
+        stage = next(stage for stage in plan.curriculum if step < stage.until * plan.steps)
         latents, ids, sigma = batches(rng, stage)
         share = rate_at(plan, step)
         for optimizer in (muon, adam):
@@ -235,6 +248,7 @@ def save(
         "adam": adam.state_dict(),
         "scenes": json.dumps(rng.bit_generator.state),
         "noise": torch.get_rng_state(),
+        "device noise": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
     part = file.with_suffix(".part")
     torch.save(state, part)
@@ -256,6 +270,8 @@ def restore(
     adam.load_state_dict(state["adam"])
     rng.bit_generator.state = json.loads(state["scenes"])
     torch.set_rng_state(state["noise"].cpu())
+    if state.get("device noise") is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["device noise"].cpu())
     return int(state["step"])
 
 
