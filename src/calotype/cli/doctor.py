@@ -24,7 +24,7 @@ LIBRARIES = ("torch", "safetensors", "tokenizers", "huggingface-hub", "pillow", 
 Findings = dict[str, str]
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, devices, memory and folders, and try the built-in model.
 
     The exit status is 1 where that does not load.

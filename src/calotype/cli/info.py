@@ -17,7 +17,7 @@ def info(
     source: Annotated[
         str | None, typer.Argument(metavar="SOURCE", help="A file, a folder or a hub id.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     manifests: Annotated[
         bool, typer.Option("--manifests", help="Name the checkpoint files known, one a line.")
     ] = False,
@@ -32,15 +32,19 @@ def info(
     """
     if sum((source is not None, manifests, manifest is not None)) != 1:
         raise typer.BadParameter("give one of SOURCE, --manifests and --manifest NAME")
-    import calotype.loading as loading
-
     if manifests:
-        lines = list(loading.manifests())
+        from calotype.loading import manifests as known
+
+        lines = list(known())
     elif manifest is not None:
-        lines = [f"{key}\t{','.join(map(str, shape))}" for key, shape in loading.manifest(manifest)]
+        from calotype.loading import manifest as listed
+
+        lines = [f"{key}\t{','.join(map(str, shape))}" for key, shape in listed(manifest)]
     else:
+        from calotype.loading import describe
+
         assert source is not None
-        description = loading.describe(source)
+        description = describe(source)
         lines = [json.dumps(description.to_dict(), indent=2, ensure_ascii=False)] if as_json else described(description)
     typer.echo("\n".join(lines))
 
@@ -48,7 +52,8 @@ def info(
 def described(description: Description) -> list[str]:
     """A description for people."""
     name = "/".join(part for part in (description.family, description.variant) if part)
-    lines = [description.source, f"  {name or 'unknown'} {description.kind}, {description.layout or 'no known'} layout"]
+    what = " ".join(part for part in (name, description.kind) if part)
+    lines = [description.source, f"  {what}, {description.layout} layout" if description.layout else f"  {what}"]
     if description.note:
         lines.append(f"  {description.note}")
     rows = [

@@ -28,7 +28,7 @@ class Listed:
     defaults: Defaults | None
 
 
-def models(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List families and variants, whether they run, their defaults, samplers and schedules."""
     listed = list(known())
     if as_json:

@@ -1,0 +1,792 @@
+"""The command line, in this process on a tiny random model, and in processes of its own where signals matter."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import flux_model
+
+from calotype.cli import doctor, progress
+from calotype.cli.generate import SLUG_BYTES, Target, slug
+from calotype.cli.main import app, main
+from calotype.cli.output import columns, size
+from calotype.errors import DamagedFile, OutputError, RequestError
+from calotype.families.flux import FluxModel
+from calotype.generate import Model
+from calotype.image import read_metadata
+from calotype.loading import Description, PartDescription
+from calotype.request import Request
+from calotype.version import VERSION
+
+HELP = Path(__file__).parents[1] / "data" / "help"
+
+
+class Loader:
+    """Stands in for `load`: notes what it was asked for, and gives the same tiny model each time."""
+
+    def __init__(self, family: FluxModel) -> None:
+        self.model = Model(family)
+        self.calls: list[tuple[tuple[str, ...], dict[str, Any]]] = []
+
+    def __call__(self, *sources: str, **options: Any) -> Model[Any]:
+        self.calls.append((sources, options))
+        return self.model
+
+
+@pytest.fixture(scope="module")
+def family() -> FluxModel:
+    return flux_model()
+
+
+@pytest.fixture
+def loader(family: FluxModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Loader:
+    """A tiny model behind `calotype`, and an empty folder to work in."""
+    fake = Loader(family)
+    monkeypatch.setattr("calotype.loading.load", fake)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+Said = pytest.CaptureFixture[str]
+
+
+def files() -> list[str]:
+    return sorted(path.name for path in Path().iterdir())
+
+
+# ---- generate: what is written where
+
+
+def test_a_prompt_becomes_a_file_and_its_path_is_all_that_is_printed(loader: Loader, capsys: Said) -> None:
+    assert main(["generate", "A red fox, in the SNOW!", "--seed", "7"]) == 0
+    assert capsys.readouterr() == ("a-red-fox-in-the-snow-7.png\n", "")
+    assert files() == ["a-red-fox-in-the-snow-7.png"]
+    assert loader.calls == [((), {"device": None, "dtype": None, "memory": "auto"})]
+    with Image.open("a-red-fox-in-the-snow-7.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_nothing_is_overwritten_where_the_name_is_ours(loader: Loader, capsys: Said) -> None:
+    for _ in range(3):
+        assert main(["generate", "a fox", "--seed", "7"]) == 0
+    assert capsys.readouterr().out.split() == ["a-fox-7.png", "a-fox-7-2.png", "a-fox-7-3.png"]
+    assert files() == ["a-fox-7-2.png", "a-fox-7-3.png", "a-fox-7.png"]
+
+
+def test_several_pictures_are_named_after_their_seeds(loader: Loader, capsys: Said) -> None:
+    assert main(["generate", "a fox", "--seed", "7", "--count", "3"]) == 0
+    assert capsys.readouterr().out.split() == ["a-fox-7.png", "a-fox-8.png", "a-fox-9.png"]
+    assert read_metadata("a-fox-9.png")[0].seed == 9
+
+
+def test_a_seed_that_was_not_given_is_in_the_name(loader: Loader, capsys: Said) -> None:
+    assert main(["generate", "a fox"]) == 0
+    name = capsys.readouterr().out.strip()
+    assert name == f"a-fox-{read_metadata(name)[0].seed}.png"
+
+
+def test_a_file_that_is_named_is_overwritten(loader: Loader, capsys: Said) -> None:
+    Path("fox.png").write_bytes(b"old")
+    assert main(["generate", "a fox", "--out", "fox.png"]) == 0
+    assert capsys.readouterr().out == "fox.png\n"
+    assert read_metadata("fox.png")[0].prompt == "a fox"
+
+
+def test_several_pictures_number_the_file_that_is_named(loader: Loader, capsys: Said) -> None:
+    Path("fox-2.png").write_bytes(b"old")
+    assert main(["generate", "a fox", "--out", "fox.png", "--count", "2"]) == 0
+    assert capsys.readouterr().out.split() == ["fox-1.png", "fox-2.png"]
+    assert files() == ["fox-1.png", "fox-2.png"]
+    assert read_metadata("fox-2.png")[0].prompt == "a fox"
+
+
+def test_a_folder_is_filled_and_made_where_its_name_ends_with_a_slash(loader: Loader, capsys: Said) -> None:
+    Path("there").mkdir()
+    assert main(["generate", "a fox", "--seed", "1", "--out", "there"]) == 0
+    assert main(["generate", "a fox", "--seed", "1", "--out", "new/"]) == 0
+    assert main(["generate", "a fox", "--seed", "1", "--out", "new/"]) == 0
+    names = [str(Path(line)) for line in capsys.readouterr().out.split()]
+    assert names == [str(Path(name)) for name in ("there/a-fox-1.png", "new/a-fox-1.png", "new/a-fox-1-2.png")]
+    assert all(Path(name).is_file() for name in names)
+
+
+@pytest.mark.parametrize("out", ["none/fox.png", "none/deep/", "file/fox.png", "file/", "fox", "fox.gif", "x" * 300])
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_an_impossible_place_fails_before_the_model_is_loaded(
+    loader: Loader, capsys: Said, out: str, count: str
+) -> None:
+    Path("file").write_text("")
+    assert main(["generate", "a fox", "--out", out, "--count", count]) == 1
+    assert one_line(capsys)
+    assert loader.calls == []
+    assert files() == ["file"]
+
+
+def test_a_folder_that_takes_no_files_fails_before_the_model_is_loaded(
+    loader: Loader, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: object) -> None:
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    for words in ([], ["--out", "fox.png"], ["--preview", "preview.png"]):
+        assert main(["generate", "a fox", *words]) == 1
+        assert "not writable" in one_line(capsys)
+    assert loader.calls == []
+
+
+def test_the_preview_file_is_a_whole_picture_at_every_step(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    from calotype.image import save
+
+    saved: list[str] = []
+
+    def watched(picture: Image.Image, path: Path) -> None:
+        save(picture, path)
+        saved.append(str(path))
+
+    monkeypatch.setattr("calotype.cli.generate.save", watched)
+    assert main(["generate", "a fox", "--steps", "3", "--preview", "now.png", "--out", "fox.png"]) == 0
+    assert saved == ["now.png"] * 3 + ["fox.png"]
+    with Image.open("now.png") as picture:
+        picture.load()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("A Red Fox", "a-red-fox"),
+        ("  what?! (a:1.2) fox/../..\\etc ", "what-a-1-2-fox-etc"),
+        ("", "picture"),
+        ("🦊!", "picture"),
+        ("snake_case", "snake-case"),
+        ("狐 in Überlingen", "狐-in-überlingen"),
+        ("word " * 60, "-".join(["word"] * 20)),
+        ("x" * 500, "x" * SLUG_BYTES),
+        ("狐" * 500, "狐" * (SLUG_BYTES // 3)),
+    ],
+)
+def test_names_are_made_of_the_words_of_a_prompt(prompt: str, name: str) -> None:
+    assert slug(prompt) == name
+    assert len(slug(prompt).encode()) <= SLUG_BYTES
+
+
+# ---- generate: what is asked for
+
+
+def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(loader: Loader, capsys: Said) -> None:
+    asked: dict[str, Any] = {
+        "negative_prompt": "snow",
+        "width": 48,
+        "height": 16,
+        "steps": 2,
+        "cfg_scale": 2.5,
+        "cfg_rescale": 0.5,
+        "embedded_guidance": 1.5,
+        "seed": 3,
+        "count": 1,
+        "sampler": "heun",
+        "schedule": "beta",
+        "shift": 2.0,
+        "text_tokens": 9,
+    }
+    assert {"prompt", *asked} == {field.name for field in fields(Request)}
+    words = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert main(["generate", "a fox", *words]) == 0
+    assert read_metadata(capsys.readouterr().out.strip())[0].to_dict() == {"prompt": "a fox", **asked}
+
+
+def test_the_model_is_loaded_as_asked(loader: Loader, capsys: Said) -> None:
+    models = ["--model", "a.safetensors", "--model=org/name"]
+    assert main(["generate", "a fox", *models, "--device=cpu", "--dtype=bfloat16", "--memory=resident"]) == 0
+    assert loader.calls == [
+        (("a.safetensors", "org/name"), {"device": "cpu", "dtype": "bfloat16", "memory": "resident"})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--steps", "0"], "steps: got 0; allowed: a whole number from 1 to 1,000"),
+        (["--cfg-scale", "nan"], "cfg_scale: got nan; allowed: a finite number"),
+        (["--cfg-scale", "inf"], "cfg_scale"),
+        (["--count", "0"], "count"),
+        (["--seed", "-1"], "seed"),
+        (["--seed", str(2**70)], "seed"),
+        (["--negative-prompt", "x" * 30_000], "negative_prompt"),
+        (["--steps", "many"], "--steps"),
+        (["--stepz", "3"], "--steps"),
+        (["--steps"], "--steps"),
+        (["another"], "another"),
+        (["--like", "none.png"], "none.png.*No such file"),
+    ],
+)
+def test_a_bad_command_line_is_refused_before_the_model_is_loaded(
+    loader: Loader, capsys: Said, words: list[str], message: str
+) -> None:
+    assert main(["generate", "a fox", *words]) == 2
+    assert re.search(message, one_line(capsys))
+    assert loader.calls == []
+    assert files() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--width", "33"], "width: got 33; allowed: multiples of 16; the nearest valid size is 32x32"),
+        (["--sampler", "eular"], "sampler: got 'eular'; allowed: one of euler, "),
+        (["--schedule", "karras"], "schedule: got 'karras'; allowed: one of "),
+    ],
+)
+def test_what_only_the_model_can_refuse_is_refused(
+    loader: Loader, capsys: Said, words: list[str], message: str
+) -> None:
+    assert main(["generate", "a fox", *words]) == 2
+    assert message in one_line(capsys)
+    assert files() == []
+
+
+@pytest.mark.parametrize("prompt", ["x" * 100_000, "caf\udce9"])
+def test_a_prompt_that_cannot_be_is_refused_in_few_words(loader: Loader, capsys: Said, prompt: str) -> None:
+    assert main(["generate", prompt]) == 2
+    line = one_line(capsys)
+    assert line.startswith("calotype: prompt: got ")
+    assert len(line) < 250
+    assert loader.calls == []
+
+
+def test_without_a_prompt_one_is_asked_for(loader: Loader, capsys: Said) -> None:
+    assert main(["generate"]) == 2
+    assert one_line(capsys) == (
+        "calotype: give a PROMPT, or --like PNG to repeat a picture (see `calotype generate --help`)"
+    )
+
+
+def test_a_negative_prompt_without_guidance_is_not_passed_over(loader: Loader, capsys: Said) -> None:
+    assert main(["generate", "a fox", "--negative-prompt", "snow"]) == 0
+    assert one_line(capsys) == "calotype: note: negative_prompt has no effect where cfg_scale is 1"
+    assert main(["generate", "a fox", "--negative-prompt", "snow", "--cfg-scale", "2"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# ---- generate --like
+
+
+@pytest.fixture
+def old(loader: Loader, capsys: Said) -> Path:
+    words = ["--steps=3", "--cfg-scale=2", "--sampler=euler_ancestral", "--seed=7", "--count=2", "--width=48"]
+    assert main(["generate", "a red fox", *words]) == 0
+    capsys.readouterr()
+    loader.calls.clear()
+    return Path("a-red-fox-8.png")
+
+
+def test_like_repeats_a_picture_bit_for_bit(loader: Loader, capsys: Said, old: Path) -> None:
+    assert main(["generate", "--like", str(old)]) == 0
+    printed = capsys.readouterr()
+    assert printed == ("a-red-fox-8-2.png\n", "")
+    assert Path(printed.out.strip()).read_bytes() == old.read_bytes()
+    assert loader.calls == [(("tiny",), {"device": None, "dtype": None, "memory": "auto"})]
+
+
+def test_any_option_changes_what_it_names(loader: Loader, capsys: Said, old: Path) -> None:
+    words = ["generate", "a blue cat", "--like", str(old), "--steps", "2", "--cfg-scale", "1"]
+    assert main(words) == 0
+    was = read_metadata(old)[0]
+    now = read_metadata(capsys.readouterr().out.strip())[0]
+    assert now == replace(was, prompt="a blue cat", steps=2, cfg_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "given", "loaded"),
+    [
+        ("built-in", [], ()),
+        (None, [], ()),
+        ("built-in", ["mine/"], ("mine/",)),
+        ("org/name", [], ("org/name",)),
+        ("org/name", ["mine/"], ("mine/",)),
+        ("a.safetensors, b/", [], ("a.safetensors", "b/")),
+        ("with, comma", [], ("with, comma",)),
+    ],
+)
+def test_like_loads_the_model_that_drew_the_picture(
+    loader: Loader, capsys: Said, old: Path, source: str | None, given: list[str], loaded: tuple[str, ...]
+) -> None:
+    Path("with, comma").mkdir()
+    edit_metadata(old, source=source)
+    assert main(["generate", "--like", str(old), *(f"--model={name}" for name in given)]) == 0
+    assert [sources for sources, _ in loader.calls] == [loaded]
+
+
+def test_another_model_is_said_and_takes_what_it_can(loader: Loader, capsys: Said, old: Path) -> None:
+    loader.model = Model(flux_model(guidance=False))
+    edit_metadata(old, model="flux/dev")
+    assert main(["generate", "--like", str(old), "--model", "schnell/"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == (
+        f"calotype: note: {old} was drawn by flux/dev; this is flux/tiny, which has no guidance input: "
+        "embedded_guidance is left out\n"
+    )
+    assert read_metadata(printed.out.strip())[0].embedded_guidance is None
+
+
+def test_a_guidance_that_is_asked_for_is_never_left_out(loader: Loader, capsys: Said, old: Path) -> None:
+    loader.model = Model(flux_model(guidance=False))
+    edit_metadata(old, model="flux/dev")
+    assert main(["generate", "--like", str(old), "--embedded-guidance", "2"]) == 2
+    assert "no guidance input" in capsys.readouterr().err
+
+
+def test_a_picture_without_metadata_cannot_be_repeated(loader: Loader, capsys: Said) -> None:
+    Image.new("RGB", (8, 8)).save("plain.png")
+    assert main(["generate", "--like", "plain.png"]) == 1
+    assert "only PNGs that Calotype wrote" in one_line(capsys)
+    assert loader.calls == []
+
+
+# ---- progress
+
+
+def test_progress_can_be_had_in_a_log(loader: Loader, capsys: Said) -> None:
+    assert main(["generate", "a fox", "--steps", "2", "--count", "2", "--progress"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "loading the built-in model",
+        "picture 1/2: step 1/2",
+        "picture 1/2: step 2/2",
+        "picture 2/2: step 1/2",
+        "picture 2/2: step 2/2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "wanted", "kind"),
+    [
+        (True, None, progress.Bars),
+        (True, True, progress.Bars),
+        (True, False, progress.Silent),
+        (False, None, progress.Silent),
+        (False, True, progress.Lines),
+        (False, False, progress.Silent),
+    ],
+)
+def test_progress_goes_where_somebody_looks(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, wanted: bool | None, kind: type[progress.Silent]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert type(progress.progress(wanted)) is kind
+
+
+def test_a_terminal_shows_bars_that_leave_only_the_paths(
+    loader: Loader, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    screen = io.StringIO()
+    bars = progress.Bars()
+    bars.console = Console(file=screen, force_terminal=True, width=80, color_system=None, _environ={})
+    monkeypatch.setattr("calotype.cli.progress.progress", lambda wanted: bars)
+    assert main(["generate", "a fox", "--steps", "2", "--count", "2", "--seed", "1"]) == 0
+    assert capsys.readouterr() == ("a-fox-1.png\na-fox-2.png\n", "")
+    shown = screen.getvalue()
+    assert "loading the built-in model" in shown
+    assert re.search(r"decoding ━+ 2/2", shown)
+    last = shown.rsplit("\n", 1)[-1]
+    assert last.endswith("\x1b[2K"), "the last bar is not cleared"
+
+
+# ---- errors
+
+
+def one_line(capsys: Said) -> str:
+    """The one line that a failed command printed."""
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("calotype: ")
+    assert "Traceback" not in printed.err
+    return lines[0]
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def load(*sources: str, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("calotype.loading.load", load)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (DamagedFile("a.safetensors: cut short;\nfetch it again"), 1, "a.safetensors: cut short; fetch it again"),
+        (RequestError("device", "gpu", "cpu, cuda"), 2, "device: got 'gpu'; allowed: cpu, cuda"),
+        (OutputError("x.png: no"), 1, "x.png: no"),
+        (OSError(28, "No space left on device"), 1, "[Errno 28] No space left on device"),
+        (MemoryError("4 GiB"), 1, "out of memory: 4 GiB; try a smaller --width and --height, or --dtype bfloat16"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_an_error_is_one_line_and_a_status(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, capsys: Said, error: BaseException, status: int, message: str
+) -> None:
+    failing(monkeypatch, error)
+    assert main(["generate", "a fox"]) == status
+    assert one_line(capsys) == f"calotype: {message}"
+    assert files() == []
+
+
+def test_torchs_out_of_memory_is_told_by_its_name(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+    assert main(["generate", "a fox"]) == 1
+    assert "try a smaller" in one_line(capsys)
+
+
+@pytest.mark.parametrize("words", [["--debug", "generate", "a fox"], ["generate", "a fox", "--debug"]])
+def test_debug_shows_where_an_error_comes_from(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, capsys: Said, words: list[str]
+) -> None:
+    failing(monkeypatch, DamagedFile("cut short"))
+    assert main(words) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1] == "calotype: cut short"
+
+
+def test_debug_after_two_dashes_is_a_prompt(loader: Loader, capsys: Said) -> None:
+    assert main(["generate", "--seed", "1", "--", "--debug"]) == 0
+    assert capsys.readouterr().out == "debug-1.png\n"
+
+
+def test_a_fault_of_ours_shows_its_traceback_once(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    failing(monkeypatch, ZeroDivisionError("oops"))
+    assert main(["generate", "a fox", "--debug"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("Traceback") for line in lines) == 1
+    assert lines[-2] == "ZeroDivisionError: oops"
+    assert "report it" in lines[-1]
+
+
+# ---- the other commands
+
+PART = PartDescription(
+    name="transformer",
+    layout="original",
+    dtypes={"BF16": 780},
+    tensors=780,
+    parameters=11_901_408_320,
+    bytes=23_802_816_640,
+    files=("flux1-dev.safetensors",),
+    prefix="",
+)
+DESCRIPTION = Description(
+    source="flux1-dev.safetensors",
+    kind="part",
+    family="flux",
+    variant="dev",
+    layout="original",
+    supported=True,
+    note="to run, it needs also: clip, t5, vae",
+    parts=(PART, replace(PART, name="vae", tensors=5, parameters=12, bytes=24, prefix="vae.")),
+)
+
+
+def test_info_says_what_a_source_is(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    monkeypatch.setattr("calotype.loading.describe", lambda source: replace(DESCRIPTION, source=source))
+    assert main(["info", "flux1-dev.safetensors"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "flux1-dev.safetensors",
+        "  flux/dev part, original layout",
+        "  to run, it needs also: clip, t5, vae",
+        "",
+        "  transformer  original  BF16  780 tensors  11,901,408,320 parameters  22.2 GiB",
+        "  vae          original  BF16    5 tensors              12 parameters      24 B  under vae.",
+    ]
+    assert main(["info", "flux1-dev.safetensors", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(DESCRIPTION.to_dict()))
+
+
+def test_info_of_a_stranger_is_an_answer_too(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    unknown = replace(
+        DESCRIPTION, kind="unknown", family=None, variant=None, layout=None, note="no known model", parts=()
+    )
+    monkeypatch.setattr("calotype.loading.describe", lambda source: unknown)
+    assert main(["info", "x.safetensors"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["flux1-dev.safetensors", "  unknown", "  no known model"]
+
+
+def test_manifests_are_listed_for_programs(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    listed = [("logit_scale", ()), ("net.bias", (4,)), ("net.weight", (4, 3, 1, 1))]
+    monkeypatch.setattr("calotype.loading.manifest", lambda name: listed)
+    assert main(["info", "--manifest", "tiny"]) == 0
+    assert capsys.readouterr().out == "logit_scale\t\nnet.bias\t4\nnet.weight\t4,3,1,1\n"
+    assert main(["info", "--manifests"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert "flux1-dev" in names
+    assert not any(" " in name for name in names)
+
+
+def test_an_unknown_manifest_is_refused(capsys: Said) -> None:
+    assert main(["info", "--manifest", "flux9"]) == 2
+    assert "flux1-dev" in one_line(capsys)
+
+
+@pytest.mark.parametrize("words", [[], ["x", "--manifests"], ["--manifests", "--manifest", "x"]])
+def test_info_wants_one_thing(capsys: Said, words: list[str]) -> None:
+    assert main(["info", *words]) == 2
+    assert "give one of SOURCE, --manifests and --manifest NAME" in one_line(capsys)
+
+
+def test_convert_hands_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr("calotype.loading.convert", lambda *given: calls.append(given))
+    assert main(["convert", "org/name", "out.safetensors", "--to", "original"]) == 0
+    assert calls == [("org/name", Path("out.safetensors"), "original")]
+    assert capsys.readouterr() == ("out.safetensors\n", "")
+
+
+@pytest.mark.parametrize("words", [["a", "b"], ["a", "b", "--to", "gguf"], ["a", "--to", "original"]])
+def test_convert_refuses_half_a_command(capsys: Said, words: list[str]) -> None:
+    assert main(["convert", *words]) == 2
+    assert one_line(capsys)
+
+
+def test_models_lists_what_runs_and_what_does_not_yet(capsys: Said) -> None:
+    assert main(["models"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"^flux/dev +1024x1024 +28 +1 +3.5 +euler +linear +512$", printed, re.MULTILINE)
+    assert "dpmpp_2m_sde" in printed
+    coming = printed.split("RECOGNISED, NOT RUN YET")[1].split("\n\n")[0]
+    assert {line.split()[0] for line in coming.splitlines()[1:]} >= {"sd1", "sdxl", "sd3", "kolors", "hunyuan_dit"}
+    assert all(len(line) <= 110 and line == line.rstrip() for line in printed.splitlines())
+
+
+def test_models_for_programs(capsys: Said) -> None:
+    assert main(["models", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {item["status"] for item in listed} == {"runs", "recognised, not run yet"}
+    assert all((item["defaults"] is None) == (item["status"] != "runs") for item in listed)
+
+
+def test_doctor_reports_and_loads_the_built_in_model(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    monkeypatch.setenv("CALOTYPE_HOME", str(Path("not/yet").absolute()))
+    assert main(["doctor"]) == 0
+    printed = re.sub(" +", " ", capsys.readouterr().out)
+    for text in (
+        f" calotype {VERSION}",
+        f" torch {torch.__version__}",
+        "cpu bfloat16",
+        "ram",
+        "yet (not made yet)",
+        "hub cache",
+        "yes, flux/tiny in ",
+    ):
+        assert text in printed
+    assert main(["doctor", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"versions", "devices", "memory", "folders", "built-in model"}
+    assert files() == []
+
+
+def test_doctor_fails_where_the_built_in_model_does(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, capsys: Said
+) -> None:
+    failing(monkeypatch, DamagedFile("cut short"))
+    assert main(["doctor"]) == 1
+    assert "no: cut short" in capsys.readouterr().out
+
+
+def test_memory_is_a_part_of_what_there_is() -> None:
+    free, total = doctor.memory()
+    assert total is None or total > 2**20
+    assert free is None or total is None or 0 < free <= total
+
+
+def test_version(capsys: Said) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr() == (f"calotype {VERSION}\n", "")
+
+
+def test_an_unknown_command_is_refused(capsys: Said) -> None:
+    assert main(["generat", "a fox"]) == 2
+    assert "generat" in one_line(capsys)
+
+
+def test_columns_are_aligned_and_empty_ones_left_out() -> None:
+    assert columns([("a", "", "1"), ("bbb", "", "22")], right=(2,)) == ["a     1", "bbb  22"]
+    assert [size(count) for count in (0, 1023, 1024, 3.5 * 2**30, 2**50)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "3.5 GiB",
+        "1024.0 TiB",
+    ]
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("command", ["", "generate", "info", "convert", "models", "doctor"])
+def test_help_is_as_it_was_written(command: str, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words only: frames, colours and the names of types are typer's. `CALOTYPE_WRITE_HELP=1` writes them anew."""
+    for name, value in (("COLUMNS", "100"), ("TERM", "dumb"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    assert main([*command.split(), "--help"]) == 0
+    shown = "\n".join(plain(line) for line in capsys.readouterr().out.splitlines() if plain(line)) + "\n"
+    file = HELP / f"{command or 'calotype'}.txt"
+    if "CALOTYPE_WRITE_HELP" in os.environ:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(shown, encoding="utf-8")
+    assert shown == file.read_text(encoding="utf-8")
+
+
+def plain(line: str) -> str:
+    line = re.sub(r"[─│╭╮╰╯]|<(bool|str|path)>", " ", line)
+    return " ".join(line.split())
+
+
+def test_no_words_show_the_help(capsys: Said) -> None:
+    assert main([]) == 0
+    assert "generate" in capsys.readouterr().out
+
+
+def test_every_command_and_option_is_explained() -> None:
+    import typer
+
+    group: Any = typer.main.get_command(app)
+    for command in group.commands.values():
+        assert command.help
+        for parameter in command.params:
+            assert parameter.help or parameter.name == "help"
+
+
+# ---- signals, in a process of its own
+
+SLOW = """
+import sys, time, types
+from dataclasses import dataclass
+from PIL import Image
+
+@dataclass
+class Progress:
+    step: int
+    steps: int
+    picture: int = 0
+
+@dataclass
+class Picture:
+    image: object
+    seed: int = 7
+
+class SlowImage:
+    info = {}
+    def save(self, file, **options):
+        file.write(b"half a picture")
+        file.flush()
+        print("saving", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+class Model:
+    name = "slow"
+    family = types.SimpleNamespace(defaults=types.SimpleNamespace(cfg_scale=1, embedded_guidance=None))
+    def stream(self, request):
+        try:
+            for step in range(1, 4):
+                yield Progress(step, request.steps)
+            if request.steps == 3:
+                yield Picture(SlowImage())
+            time.sleep(60)
+        finally:
+            print("closed", file=sys.stderr, flush=True)
+
+# Stand-ins that come without torch, so that this starts at once.
+for name, content in (("generate", {"Progress": Progress}), ("loading", {"load": lambda *a, **k: Model()})):
+    module = types.ModuleType("calotype." + name)
+    vars(module).update(content)
+    sys.modules[module.__name__] = module
+from calotype.cli.main import run
+run()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(
+    ("steps", "awaited"), [("9", "picture 1/1: step 3/9"), ("3", "saving")], ids=["drawing", "saving"]
+)
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_at_once_and_leaves_no_file(
+    tmp_path: Path, sent: signal.Signals, status: int, steps: str, awaited: str
+) -> None:
+    words = ["generate", "a fox", "--steps", steps, "--progress", "--out", "fox.png"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        assert process.stdout is not None
+        seen: list[str] = []
+        for line in process.stderr:
+            seen.append(line)
+            if awaited in line:
+                break
+        assert awaited in seen[-1], seen
+        started = time.monotonic()
+        process.send_signal(sent)
+        rest = process.stderr.read()
+        assert process.wait(timeout=30) == status
+        assert time.monotonic() - started < 30
+        assert process.stdout.read() == ""
+    assert "closed" in rest
+    assert "Traceback" not in rest
+    assert ("calotype: interrupted" in rest) == (sent == signal.SIGINT)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX pipes")
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    code = (
+        "import sys, types; module = types.ModuleType('calotype.loading'); "
+        "module.manifest = lambda name: [('key' * 1000, (1, 2))] * 1000; sys.modules[module.__name__] = module; "
+        "from calotype.cli.main import run; run()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "info", "--manifest", "x"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def edit_metadata(path: Path, **changes: object) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    with Image.open(path) as picture:
+        picture.load()
+        record = {**json.loads(picture.info["calotype"]), **changes}
+        chunks = PngInfo()
+        chunks.add_itxt("calotype", json.dumps(record))
+    picture.save(path, pnginfo=chunks)
+
+
+def test_a_place_is_a_folder_or_numbered_files(tmp_path: Path) -> None:
+    numbered = Target.of(str(tmp_path / "a.b.png"), 2)
+    assert [numbered.path(number, "fox", 7).name for number in (0, 1)] == ["a.b-1.png", "a.b-2.png"]
+    assert Target.of(str(tmp_path), 2).path(1, "fox", 7) == tmp_path / "fox-7.png"
