@@ -166,10 +166,12 @@ def main() -> None:
     torch.manual_seed(0)
     library = load_library(given.data, size=scale.pixels, large=scale.large).to(device)
     pictures = scene_pictures(library, scale, device, seed=1)
-    basis = fit_basis(pictures, scale.vae.latent_channels)
     folder = given.data / given.scale
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"mean": basis.mean.cpu(), "weight": basis.weight.cpu()}, folder / "basis.safetensors")
+    if not (folder / "basis.safetensors").exists():  # what is trained on a basis stays with it
+        basis = fit_basis(pictures, scale.vae.latent_channels)
+        save_file({"mean": basis.mean.cpu(), "weight": basis.weight.cpu()}, folder / "basis.safetensors")
+    basis = load_basis(folder, device)
     network = fit(
         scale.vae,
         basis,
