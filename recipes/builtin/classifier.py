@@ -32,7 +32,7 @@ from recipes.builtin.objects import Object
 from recipes.builtin.scenes import FREE, Scene, compose, make_scene
 
 SIDE = 48  # pixels of a crop
-STEPS = 2000
+STEPS = 1500
 BATCH = 32
 RATE = 3e-3
 # Objects of every size that a scene of several can have.
