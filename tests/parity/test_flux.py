@@ -177,6 +177,16 @@ def test_autoencoders(dev: Pair, small: Pair) -> None:
         assert_near(small.family.vae.decode(latent), small.theirs.vae.decode(latent).sample / 2 + 0.5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_stays_near(dtype: str, tmp_path: Path) -> None:
+    """The same picture but for rounding: random networks magnify it, so the mean difference is what counts."""
+    build(tmp_path, guidance=True)
+    exact, half = (Pair(None, calotype.load(tmp_path, dtype=kind)) for kind in ("float32", dtype))  # type: ignore[arg-type]
+    a, b = (np.asarray(ours_picture(pair, steps=2), dtype=int) for pair in (exact, half))
+    assert abs(a - b).mean() < 8
+    assert (a != b).any()
+
+
 def test_packing_is_diffusers() -> None:
     latent = torch.randn(2, 4, 6, 10)
     theirs = FluxPipeline._pack_latents(latent, 2, 4, 6, 10)
