@@ -17,8 +17,8 @@ class Layout(str, Enum):
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A file, a folder or a hub id.")],
-    out: Annotated[Path, typer.Argument(help="The file or folder to write.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A file, a folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file or folder to write.")],
     to: Annotated[Layout, typer.Option("--to", help="The layout wanted.")],
 ) -> None:
     """Write a model in another layout; every value stays as it is, bit for bit.

@@ -35,9 +35,7 @@ _picture, _sampling, _model, _output = (partial(_option, panel) for panel in ("P
 def generate(
     context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)] = None,
-    negative_prompt: Annotated[
-        str | None, _picture("TEXT", "What to steer away from; --cfg-scale says how much.")
-    ] = None,
+    negative_prompt: Annotated[str | None, _picture("TEXT", "What to steer away from; see --cfg-scale.")] = None,
     width: Annotated[int | None, _picture("PIXELS", "Width: a multiple of 16 for FLUX.1.")] = None,
     height: Annotated[int | None, _picture("PIXELS", "Height, likewise.")] = None,
     seed: Annotated[int | None, _picture("N", "Same seed, same picture. Random if not given.")] = None,
