@@ -18,7 +18,8 @@
     ├── OutputError           a result that could not be written where it was asked for
     └── MetadataError         a picture without readable Calotype metadata
 
-Every message says what came, what was wanted, and what to do. `assert` is kept for our own invariants.
+Every message says what came, what was wanted, and what to do. `assert` is kept for our own invariants. `args` holds
+what the constructor took, so that errors can be pickled from one process to another.
 """
 
 from __future__ import annotations
@@ -37,14 +38,17 @@ class RequestError(CalotypeError, ValueError):
     """
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        shown = repr(value)
-        if len(shown) > 80:
-            # Both ends: a path's tells the file.
-            shown = f"{shown[:40]} ... {shown[-30:]} ({len(shown):,} characters)"
-        super().__init__(f"{field}: got {shown}; allowed: {allowed}")
+        super().__init__(field, value, allowed)
         self.field = field
         self.value = value
         self.allowed = allowed
+
+    def __str__(self) -> str:
+        shown = repr(self.value)
+        if len(shown) > 80:
+            # Both ends: a path's tells the file.
+            shown = f"{shown[:40]} ... {shown[-30:]} ({len(shown):,} characters)"
+        return f"{self.field}: got {shown}; allowed: {self.allowed}"
 
 
 class LoadError(CalotypeError):
@@ -88,22 +92,32 @@ class MissingKeys(LoadError):
     """A part without some of the tensors that its layout has."""
 
     def __init__(self, source: str, layout: str, keys: Sequence[str]) -> None:
-        super().__init__(
-            f"{source}: {len(keys)} tensors of the layout {layout} are missing: {_listed(keys)}; "
-            f"the file is incomplete: fetch it again, or run `calotype info {source}` to see what it is"
-        )
+        super().__init__(source, layout, keys)
+        self.source = source
+        self.layout = layout
         self.keys = tuple(keys)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source}: {len(self.keys)} tensors of the layout {self.layout} are missing: {_listed(self.keys)}; "
+            f"the file is incomplete: fetch it again, or run `calotype info {self.source}` to see what it is"
+        )
 
 
 class UnexpectedKeys(LoadError):
     """A part with tensors that its layout does not have."""
 
     def __init__(self, source: str, layout: str, keys: Sequence[str]) -> None:
-        super().__init__(
-            f"{source}: {len(keys)} tensors do not belong to the layout {layout}: {_listed(keys)}; "
-            f"run `calotype info {source}` to see what the file is"
-        )
+        super().__init__(source, layout, keys)
+        self.source = source
+        self.layout = layout
         self.keys = tuple(keys)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source}: {len(self.keys)} tensors do not belong to the layout {self.layout}: {_listed(self.keys)}; "
+            f"run `calotype info {self.source}` to see what the file is"
+        )
 
 
 class WrongShape(LoadError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -97,8 +98,14 @@ def a1111_parameters(job: Job, model: str) -> str:
     lines = [job.prompt]
     if job.negative_prompt:
         lines.append(f"Negative prompt: {job.negative_prompt}")
-    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None))
     return "\n".join(lines)
+
+
+def _quoted(value: object) -> str:
+    """A value of the last line; JSON where it would be taken for two."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:"\n') else text
 
 
 def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
@@ -120,7 +127,11 @@ def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
 
 def check_writable(path: Path) -> None:
     """Raise OutputError now, before any work, if a picture could not be written at `path`."""
-    if path.is_dir():
+    try:
+        folder = path.is_dir()
+    except OSError as error:  # a name too long, a drive that does not answer
+        raise OutputError(f"{path}: not writable ({error.strerror}); choose another place") from error
+    if folder:
         raise OutputError(f"{path}: is a folder; name a file in it")
     if path.suffix.lower() not in ENDINGS:
         raise OutputError(f"{path}: unknown kind of picture {path.suffix!r}; use .png, .jpg or .webp")
@@ -145,18 +156,16 @@ def save(picture: Image.Image, path: str | Path) -> None:
     check_writable(path)
     ending = path.suffix.lower()
     options: Mapping[str, Any] = {"pnginfo": _text_chunks(picture)} if ending == ".png" else {"quality": 95}
-    name = None
+    # Named before it is made: an interrupt finds it whenever it comes.
+    part = path.with_name(f".calotype-{secrets.token_hex(8)}{ending}")
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".calotype-", suffix=ending)
-        with os.fdopen(handle, "wb") as file:
+        with part.open("xb") as file:
             picture.save(file, format=Image.registered_extensions()[ending], **options)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException as error:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OutputError(f"{path}: could not be written ({error})") from error
         raise
@@ -164,13 +173,9 @@ def save(picture: Image.Image, path: str | Path) -> None:
 
 def _text_chunks(picture: Image.Image) -> PngInfo:
     chunks = PngInfo()
-    for key in (A1111_KEY, KEY):
-        if key in picture.info:
-            chunks.add_itxt(key, str(picture.info[key]))
+    if A1111_KEY in picture.info:
+        # As A1111 does: the older kind of chunk where it can hold the text, for many programs know no other.
+        chunks.add_text(A1111_KEY, str(picture.info[A1111_KEY]))
+    if KEY in picture.info:
+        chunks.add_itxt(KEY, str(picture.info[KEY]))
     return chunks
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

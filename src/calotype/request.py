@@ -194,10 +194,10 @@ class Request:
         for field, value, near in (("width", width, nearest.width), ("height", height, nearest.height)):
             if value != near:
                 raise RequestError(field, value, f"multiples of {defaults.grain}; the nearest valid size is {nearest}")
-        sampler = self.sampler or defaults.sampler
+        sampler = defaults.sampler if self.sampler is None else self.sampler
         if sampler not in defaults.samplers:
             raise RequestError("sampler", sampler, "one of " + ", ".join(defaults.samplers))
-        schedule = self.schedule or defaults.schedule
+        schedule = defaults.schedule if self.schedule is None else self.schedule
         if schedule not in defaults.schedules:
             raise RequestError("schedule", schedule, "one of " + ", ".join(defaults.schedules))
         if self.embedded_guidance is not None and defaults.embedded_guidance is None:

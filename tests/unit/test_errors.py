@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 
 import pytest
@@ -60,3 +62,21 @@ def test_key_errors_list_a_few_keys_and_keep_all(kind: type[MissingKeys] | type[
     assert "block.5.weight" not in str(error)
     assert "calotype info a.safetensors" in str(error)
     assert error.keys == tuple(keys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RequestError("steps", 0, "a whole number from 1 to 1,000"),
+        MissingKeys("a.safetensors", "flux/original", ["a", "b"]),
+        UnexpectedKeys("a.safetensors", "flux/original", ["a"]),
+        errors.SourceNotFound("a.safetensors: no such file"),
+        OutputError("out.png: not writable"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_cross_the_border_of_a_process(error: CalotypeError) -> None:
+    """Workers hand them back pickled."""
+    for other in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(other) is type(error)
+        assert (str(other), vars(other)) == (str(error), vars(error))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import struct
+import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +131,21 @@ def test_the_a1111_text_has_its_three_parts() -> None:
     assert "Distilled" not in plain
 
 
+def test_a_value_that_would_be_taken_for_two_is_quoted() -> None:
+    """A1111 reads the last line back with the first pattern below, and unquotes with JSON."""
+    text = a1111_parameters(JOB, 'sd1/a "fine" tune, v2: final')
+    pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', text.splitlines()[-1])
+    read = {name: json.loads(value) if value.startswith('"') else value for name, value in pairs}
+    assert read["Model"] == 'sd1/a "fine" tune, v2: final'
+    assert (read["Seed"], read["Size"], read["Version"]) == (str(2**62), "32x16", f"Calotype {VERSION}")
+
+
+@pytest.mark.parametrize(("prompt", "chunk"), [("a fox in a café", b"tEXt"), ("狐", b"iTXt")])
+def test_the_a1111_text_is_the_chunk_that_most_programs_know(tmp_path: Path, prompt: str, chunk: bytes) -> None:
+    save(drawn(Job(**{**vars(JOB), "prompt": prompt})), tmp_path / "fox.png")
+    assert chunk + A1111_KEY.encode() + b"\0" in (tmp_path / "fox.png").read_bytes()
+
+
 def test_other_programs_find_the_a1111_text_in_the_file(tmp_path: Path) -> None:
     save(drawn(), tmp_path / "fox.png")
     with Image.open(tmp_path / "fox.png") as picture:
@@ -219,6 +238,22 @@ def test_a_truncated_picture_is_refused(tmp_path: Path) -> None:
         open_picture(path)
 
 
+@pytest.mark.parametrize("name", ["fox.png", "fox.jpg", "fox.webp"])
+def test_damage_anywhere_is_noticed_or_harmless(tmp_path: Path, name: str) -> None:
+    """Nothing but typed errors, whatever became of a file."""
+    path = tmp_path / name
+    save(drawn(), path)
+    whole, rng = path.read_bytes(), random.Random(7)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(rng.randrange(1, 4)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged[: rng.choice([len(damaged), rng.randrange(len(damaged))])])
+        with suppress(RequestError, MetadataError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, on damaged EXIF
+            read_metadata(path)
+
+
 def test_a_missing_picture_or_a_folder_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.png", tmp_path):
         with pytest.raises(RequestError, match=path.name):
@@ -272,6 +307,17 @@ def test_checking_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["PIL.Image.Image.save", "os.fsync", "os.replace"])
+def test_an_interrupt_at_any_point_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(place, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(drawn(), tmp_path / "fox.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])
 def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
@@ -294,6 +340,11 @@ def test_a_saved_file_has_ordinary_permissions(tmp_path: Path) -> None:
     save(drawn(), tmp_path / "fox.png")
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "fox.png").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_name_too_long_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="not writable"):
+        check_writable(tmp_path / ("x" * 300 + ".png"))
 
 
 def test_a_long_name_is_no_obstacle(tmp_path: Path) -> None:

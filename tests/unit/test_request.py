@@ -51,6 +51,7 @@ NAN, INFINITY = float("nan"), float("inf")
         ("cfg_scale", NAN),
         ("cfg_scale", INFINITY),
         ("cfg_scale", -1),
+        ("cfg_scale", 10**400),
         ("cfg_scale", "7"),
         ("cfg_scale", False),
         ("cfg_rescale", None),
@@ -162,7 +163,9 @@ def test_what_is_said_stands() -> None:
         ({"width": 1030, "height": 1}, "the nearest valid size is 1024x16"),
         ({"height": 1000}, "height: got 1000.*1024x1008"),
         ({"sampler": "eular"}, "sampler: got 'eular'; allowed: one of euler, heun"),
+        ({"sampler": ""}, "sampler: got ''; allowed: one of euler, heun"),
         ({"schedule": "karras"}, "schedule: got 'karras'; allowed: one of linear, beta"),
+        ({"schedule": ""}, "schedule: got ''; allowed: one of linear, beta"),
     ],
 )
 def test_what_the_family_cannot_do_is_refused(fields: dict[str, Any], message: str) -> None:
