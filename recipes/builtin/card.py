@@ -37,7 +37,7 @@ GATES = (
     Gate(
         "object and its colour never trained together: both right",
         "Object and its colour never trained together",
-        "both (classifier)",
+        "both",
         0.8,
     ),
     Gate(

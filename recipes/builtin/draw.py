@@ -24,6 +24,7 @@ from calotype.families.flux import FluxModel
 from calotype.families.model import FamilyModel
 from calotype.generate import Picture, stream
 from calotype.image import to_tensor
+from calotype.memory.residency import resident
 from calotype.nn.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from calotype.request import Request
 from calotype.sampling.guidance import guided_pair
@@ -126,23 +127,27 @@ def batch(
 def _together(model: FamilyModel[C], prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> Tensor:
     job = settings.request("", 0).complete(model.defaults, seed=0)
     levels, sampler = model.levels(job), SAMPLERS[job.sampler]
-    conditioning = reduce(model.pair, [model.condition(prompt, job) for prompt in prompts])
-    if job.cfg_scale == 1:
-        denoise = model.denoiser(conditioning, evaluated(sampler, levels), job)
-    else:
-        nothing = reduce(model.pair, [model.condition("", job)] * len(prompts))
-        pair = model.denoiser(model.pair(conditioning, nothing), evaluated(sampler, levels), job)
-        denoise = guided_pair(pair, job.cfg_scale, job.cfg_rescale, model.prediction)
+    asked = evaluated(sampler, levels)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def noise() -> Tensor:
         rows = [torch.randn((1, *model.noise_shape(job)), generator=generator) for generator in generators]
         return torch.cat(rows).to(model.device)
 
-    x = model.start(job, levels, noise)
-    for step in sampler(denoise, x, levels, noise):
-        x = step.x
-    return model.decode(x).clamp(0, 1).cpu()
+    with resident(*model.encoders, device=model.device):
+        conditioning = reduce(model.pair, [model.condition(prompt, job) for prompt in prompts])
+        nothing = reduce(model.pair, [model.condition("", job)] * len(prompts))
+    with resident(model.backbone, device=model.device):
+        if job.cfg_scale == 1:
+            denoise = model.denoiser(conditioning, asked, job)
+        else:
+            pair = model.denoiser(model.pair(conditioning, nothing), asked, job)
+            denoise = guided_pair(pair, job.cfg_scale, job.cfg_rescale, model.prediction)
+        x = model.start(job, levels, noise)
+        for step in sampler(denoise, x, levels, noise):
+            x = step.x
+    with resident(model.vae, device=model.device):
+        return model.decode(x).clamp(0, 1).cpu()
 
 
 def pictures(model: FamilyModel[C], request: Request) -> list[Image.Image]:

@@ -183,17 +183,16 @@ class References:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self._drawn: dict[tuple[str, str | None], Tensor] = {}
+        self._drawn: dict[str, Tensor] = {}
         self._tones: dict[tuple[str, str], Tensor] = {}
 
-    def match(self, picture: Tensor, thing: Object, colour: str | None = None) -> Match:
+    def match(self, picture: Tensor, thing: Object) -> Match:
         """Compare a picture (3 h w) with the references on the background that it has.
 
-        With `colour` all references are in that colour, except objects that take none. Mirror images count
-        as the same reference.
+        Mirror images count as the same reference.
         """
         ground = grounds(picture[None])
-        drawn = self._on(named_grounds(ground)[0], colour)
+        drawn = self._on(named_grounds(ground)[0])
         shown = _features(picture[None], ground)
         distance = _distance(torch.cat([shown, shown.flip(-1)]), drawn).amin(0).view(-1, len(STYLES))
         row = self.library.rows[thing.name]
@@ -208,7 +207,7 @@ class References:
 
     def apart(self) -> Tensor:
         """How far each object (first style, on white) is from the nearest other object, in 1/255."""
-        drawn = self._on("white", None)[:: len(STYLES)]
+        drawn = self._on("white")[:: len(STYLES)]
         distance = torch.minimum(_distance(drawn, drawn), _distance(drawn.flip(-1), drawn))
         return distance.fill_diagonal_(torch.inf).min(1).values
 
@@ -231,23 +230,17 @@ class References:
         distance = (self._tones[key] - tones(picture[None], ground)).norm(dim=1)
         return COLOURS[int(distance.argmin()) // len(STYLES)]
 
-    def _on(self, background: str, colour: str | None) -> Tensor:
+    def _on(self, background: str) -> Tensor:
         """(object style) 3 32 32, the styles of one object after one another."""
-        key = background, colour
-        if key not in self._drawn:
+        if background not in self._drawn:
             scenes = [
-                make_scene(
-                    [(1, thing, colour if thing.recolours else None)],
-                    kind="single",
-                    style=style,
-                    background=background,
-                )
+                make_scene([(1, thing, None)], kind="single", style=style, background=background)
                 for thing in self.library.objects
                 for style in STYLES
             ]
             real = compose_all(scenes, self.library)
-            self._drawn[key] = _features(real, grounds(real))
-        return self._drawn[key]
+            self._drawn[background] = _features(real, grounds(real))
+        return self._drawn[background]
 
 
 def _features(pictures: Tensor, ground: Tensor) -> Tensor:

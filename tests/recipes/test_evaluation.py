@@ -110,7 +110,7 @@ def test_real_composites_score_full_marks(report: dict[str, Any]) -> None:
         (PLAIN.title, "retrieval top-1"),
         (PLAIN.title, "background white, as nothing is said"),
         (NEW_GROUND.title, "background"),
-        (NEW_COLOUR.title, "object (retrieval top-1, references in that colour)"),
+        (NEW_COLOUR.title, "colour"),
         (PAIRS.title, "both things, retrieval top-1"),
         (COUNTS.title, "one to four"),
         ("Sizes", "size"),
