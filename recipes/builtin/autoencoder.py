@@ -179,7 +179,7 @@ def main() -> None:
         device,
         decoder_seconds=scale.decoder_seconds,
         encoder_seconds=scale.encoder_seconds,
-        batch=16 if device.type == "cpu" else 128,
+        batch=8 if device.type == "cpu" else 128,
         crop=scale.pixels // 2,
     )
     save_file(

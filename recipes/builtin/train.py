@@ -55,8 +55,8 @@ LIVELY = replace(FIXED, flip=0.5, scale=(0.85, 1.0), shift=4 / 128, tint=0.04)
 ON_TWO_CORES = (
     Stage(until=0.33, varieties=((BARE, 1.0),), pure=0.9, noisy=1.5),
     Stage(until=0.56, varieties=((BARE, 0.15), (FIXED, 0.85)), pure=0.35, noisy=1.2),
-    Stage(until=0.90, varieties=((BARE, 0.05), (FIXED, 0.15), (TOGETHER, 0.8)), pure=0.75, noisy=1.2),
-    Stage(until=1.00, varieties=((FIXED, 0.45), (TOGETHER, 0.3), (LIVELY, 0.25)), pure=0.1, noisy=0.3),
+    Stage(until=0.92, varieties=((BARE, 0.05), (FIXED, 0.15), (TOGETHER, 0.8)), pure=0.75, noisy=1.2),
+    Stage(until=1.00, varieties=((BARE, 0.05), (FIXED, 0.45), (TOGETHER, 0.5)), pure=0.2, noisy=0.3),
 )
 ON_A_GPU = (
     Stage(until=0.08, varieties=((BARE, 1.0),), pure=0.9, noisy=1.5),
@@ -85,7 +85,7 @@ class Plan:
 
 PLANS = {
     "cpu": Plan(
-        steps=1330, warm=40, decay=0.11, muon_rate=6e-3, adam_rate=1.5e-3, average=0.99, curriculum=ON_TWO_CORES
+        steps=1320, warm=40, decay=0.10, muon_rate=6e-3, adam_rate=1.5e-3, average=0.99, curriculum=ON_TWO_CORES
     ),
     "gpu": Plan(steps=12000, warm=200, decay=0.4, muon_rate=4e-3, adam_rate=1.5e-3, average=0.999, curriculum=ON_A_GPU),
 }

@@ -10,8 +10,8 @@ class FluxConfig:
     """The transformer.
 
     `image_width` is the width of an image token that enters (patch² latent channels, more for FLUX.1 Fill),
-    `image_width_out` of one that leaves; `patch` is the side of an image token in latents; `axes` are the channels of a head rotated by
-    text, row and column position.
+    `image_width_out` of one that leaves; `patch` is the side of an image token in latents; `axes` are the channels of
+    a head rotated by text, row and column position.
     """
 
     image_width: int
