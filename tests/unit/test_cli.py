@@ -555,10 +555,15 @@ def test_info_wants_one_thing(capsys: Said, words: list[str]) -> None:
 
 def test_convert_hands_on_what_it_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
     calls: list[tuple[object, ...]] = []
-    monkeypatch.setattr("calotype.loading.convert", lambda *given: calls.append(given))
-    assert main(["convert", "org/name", "out.safetensors", "--to", "original"]) == 0
-    assert calls == [("org/name", Path("out.safetensors"), "original")]
-    assert capsys.readouterr() == ("out.safetensors\n", "")
+
+    def convert(*given: object) -> tuple[Path, ...]:
+        calls.append(given)
+        return Path("out/a.safetensors"), Path("out/b.safetensors")
+
+    monkeypatch.setattr("calotype.loading.convert", convert)
+    assert main(["convert", "org/name", "out", "--to", "original"]) == 0
+    assert calls == [("org/name", Path("out"), "original")]
+    assert [Path(line).name for line in capsys.readouterr().out.splitlines()] == ["a.safetensors", "b.safetensors"]
 
 
 @pytest.mark.parametrize("words", [["a", "b"], ["a", "b", "--to", "gguf"], ["a", "--to", "original"]])

@@ -21,11 +21,11 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file or folder to write.")],
     to: Annotated[Layout, typer.Option("--to", help="The layout wanted.")],
 ) -> None:
-    """Write a model in another layout; every value stays as it is, bit for bit.
+    """Write a model in another layout, bit for bit, and print the paths of its files.
 
     calotype convert flux1-dev.safetensors flux1-dev/ --to diffusers
     """
     from calotype.loading import convert
 
-    convert(source, out, to.value)
-    typer.echo(out)
+    for path in convert(source, out, to.value):
+        typer.echo(path)

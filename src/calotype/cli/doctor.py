@@ -63,12 +63,10 @@ def _versions() -> Iterator[tuple[str, str]]:
 def _devices() -> Iterator[tuple[str, str]]:
     import torch
 
+    from calotype.nn.linear import native
+
     yield "cpu", f"{_processor()}, {os.cpu_count()} threads, torch uses {torch.get_num_threads()}"
-    answer = native_bfloat16()
-    yield (
-        "cpu bfloat16",
-        "unknown" if answer is None else "native" if answer else "emulated: float32 is faster, bfloat16 saves memory",
-    )
+    yield "cpu bfloat16", "native" if native(torch.bfloat16) else "not native: half the memory, slower than float32"
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         yield f"cuda:{number}", f"{torch.cuda.get_device_name(number)}, {size(free)} free of {size(total)}"
@@ -76,16 +74,6 @@ def _devices() -> Iterator[tuple[str, str]]:
         yield "mps", "Apple GPU, shares the memory below"
     if not torch.cuda.is_available():
         yield "cuda", "none that torch can use" if torch.version.cuda else "none: this torch is built without CUDA"
-
-
-def native_bfloat16() -> bool | None:
-    """Whether the CPU multiplies bfloat16 in hardware; None where this cannot be told."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return _apple("hw.optional.arm.FEAT_BF16") == "1" if sys.platform == "darwin" else None
-    flags = {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
-    return bool(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"}) if flags else None
 
 
 def _processor() -> str:
