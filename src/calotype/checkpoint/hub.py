@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from calotype.checkpoint.sources import INDEX, read_json
+from calotype.checkpoint.sources import CARD, INDEX, read_json
 from calotype.errors import LoadError, SourceNotFound
 
 NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
-CONFIGURATION = (
+SMALL = (
     "config.json",
     "*.safetensors.index.json",
     "tokenizer*.json",
     "special_tokens_map.json",
     "vocab.json",
+    "merges.txt",
+    "scheduler_config.json",
 )
-SMALL = (*CONFIGURATION, "merges.txt", "spiece.model", "scheduler_config.json")
+WEIGHTS = ("model*.safetensors", "diffusion_pytorch_model*.safetensors")
 
 
 def looks_like_hub_id(source: str) -> bool:
@@ -29,39 +31,43 @@ def fetch_model(name: str, folders: frozenset[str]) -> Path:
 
     HF_HUB_OFFLINE is honoured. Raises SourceNotFound or LoadError.
     """
-    index = _download_file(name, INDEX, optional=True)
-    if index is not None:
-        wanted = [part for part in read_json(index) if part in folders]
-        patterns = [INDEX, "calotype.json"]
-        for part in wanted:
-            patterns += [f"{part}/{pattern}" for pattern in SMALL]
-            patterns += [f"{part}/model*.safetensors", f"{part}/diffusion_pytorch_model*.safetensors"]
+    index = _download(name, INDEX)
+    if isinstance(index, Path):
+        patterns = [INDEX, CARD]
+        for part in folders & set(read_json(index)):
+            patterns += [f"{part}/{pattern}" for pattern in (*SMALL, *WEIGHTS)]
         return _download_folder(name, patterns)
-    if _download_file(name, "config.json", optional=True) is None:
-        raise SourceNotFound(
-            f"{name}: this hub model has neither {INDEX} nor config.json; download the file you want "
-            f"(hf download {name} FILE) and give its path"
-        )
-    return _download_folder(name, [*SMALL, "model*.safetensors", "diffusion_pytorch_model*.safetensors"])
+    config = _download(name, "config.json")
+    if isinstance(config, Path):
+        return _download_folder(name, [*SMALL, *WEIGHTS])
+    if isinstance(config, LoadError):
+        raise config
+    raise SourceNotFound(
+        f"{name}: this hub model has neither {INDEX} nor config.json; download the file you want "
+        f"(hf download {name} FILE) and give its path"
+    )
 
 
 def fetch_tokenizer(name: str, files: tuple[str, ...]) -> Path:
     """The folder of a hub model's tokenizer files."""
-    paths = [_download_file(name, file) for file in files]
-    assert paths[0] is not None
-    return paths[0].parent
+    for file in files:
+        found = _download(name, file)
+        if not isinstance(found, Path):
+            raise found or SourceNotFound(f"{name} has no {file}")
+    return _download_folder(name, list(files))
 
 
-def _download_file(name: str, file: str, optional: bool = False) -> Path | None:
+def _download(name: str, file: str) -> Path | LoadError | None:
+    """A file of a hub model; None where the model has no such file, an error where that cannot be found out."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name, file))
-    except EntryNotFoundError as error:
-        if optional and not isinstance(error, LocalEntryNotFoundError):
-            return None
-        raise _explained(name, error) from error
+    except LocalEntryNotFoundError as error:
+        return _explained(name, error)
+    except EntryNotFoundError:
+        return None
     except (OSError, ValueError) as error:
         raise _explained(name, error) from error
 
@@ -76,14 +82,14 @@ def _download_folder(name: str, patterns: list[str]) -> Path:
 
 
 def _explained(name: str, error: Exception) -> LoadError:
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
         return LoadError(f"{name}: access is restricted; accept its licence on its hub page, then run `hf auth login`")
     if isinstance(error, RepositoryNotFoundError):
         return SourceNotFound(f"{name}: no such file or folder here, and no such model on the hub")
-    if HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return SourceNotFound(
             f"{name}: no such file or folder here, and not in the hub's cache (HF_HUB_OFFLINE is set); "
             "download it while online, or give a local path"

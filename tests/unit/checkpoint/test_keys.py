@@ -31,9 +31,7 @@ TABLE = Table(
     "toy/other",
     (
         Same("tokens.table", "embed.weight"),
-        Stacked(
-            ("up.{last-i}.q.*", "up.{last-i}.k.*", "up.{last-i}.v.*"), "blocks.{i}.qkv.*", rows=(4, 2, 3)
-        ),
+        Stacked(("up.{last-i}.q.*", "up.{last-i}.k.*", "up.{last-i}.v.*"), "blocks.{i}.qkv.*", rows=(4, 2, 3)),
         Pointwise("conv.{i}.*".replace("{i}", "0"), "project.*"),
         Swapped("norm.scale", "norm.weight"),
     ),

@@ -1,0 +1,67 @@
+"""The only proof available without downloads that real files will load: keys and shapes hash to published values."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
+from calotype.checkpoint.files import Shape
+from calotype.errors import RequestError
+from calotype.families.flux.family import TINY_VAE
+from calotype.families.flux.family import VAE as FLUX_VAE
+from calotype.loading import manifest, manifests
+
+# Values that DiffSynth-Studio (versions 1.1.9 and 2.x) recognises files by; the manifests are ours.
+HASHES = json.loads((Path(__file__).parents[1] / "data" / "checkpoint_hashes.json").read_text())
+
+
+def fingerprint(listed: list[tuple[str, Shape]]) -> str:
+    """MD5 of the sorted keys, each once with its shape and once without."""
+    items = [f"{key}:{'_'.join(map(str, shape))}" for key, shape in listed] + [key for key, _ in listed]
+    return hashlib.md5(",".join(sorted(items)).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("row", HASHES, ids=lambda row: row["manifest"])
+def test_a_manifest_has_its_published_hash(row: dict[str, str]) -> None:
+    assert fingerprint(manifest(row["manifest"])) == row["hash"], row["file"]
+
+
+def test_names_have_no_spaces_and_each_gives_a_manifest() -> None:
+    assert len(set(manifests())) == len(manifests())
+    assert {row["manifest"] for row in HASHES} <= set(manifests())
+    for name in manifests():
+        assert " " not in name
+        listed = manifest(name)
+        assert len({key for key, _ in listed}) == len(listed) > 0
+    with pytest.raises(RequestError, match="flux1-dev"):
+        manifest("flux9")
+
+
+def test_a_whole_checkpoint_is_the_sum_of_its_parts() -> None:
+    whole = {key for key, _ in manifest("flux1-dev-comfyui-checkpoint")}
+    for name, prefix in (
+        ("flux1-dev", "model.diffusion_model."),
+        ("flux-ae", "vae."),
+        ("flux-text-encoder", "text_encoders.clip_l.transformer."),
+        ("flux-text-encoder-2", "text_encoders.t5xxl.transformer."),
+    ):
+        assert {prefix + key for key, _ in manifest(name)} <= whole
+
+
+def test_autoencoders_have_the_keys_that_diffusers_has() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    for part, layout, config, theirs in (
+        (TINY_AUTOENCODER, "diffusers-tiny", TINY_VAE, diffusers.AutoencoderTiny),
+        (AUTOENCODER, "diffusers", FLUX_VAE, diffusers.AutoencoderKL),
+    ):
+        chosen = part.layout(layout)
+        assert chosen is not None
+        assert chosen.settings is not None
+        _, binding = part.bind(chosen, config)
+        settings = {key: value for key, value in chosen.settings(config).items() if not key.startswith("_")}
+        wanted = {key: tuple(tensor.shape) for key, tensor in theirs(**settings).state_dict().items()}
+        assert dict(binding.manifest()) == wanted
