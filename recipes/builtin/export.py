@@ -27,7 +27,7 @@ from recipes.builtin.model import SCALES, Networks, Scale
 
 SHIPPED = Path(__file__).parents[2] / "src" / "calotype" / "builtin"
 MOST_BYTES = 45_000_000
-STEPS, CFG_SCALE = 16, 1.5
+STEPS, CFG_SCALE = 8, 1.5
 
 
 def export(scale: Scale, networks: Networks, vae: Mapping[str, Tensor], data: Path, out: Path) -> int:
