@@ -22,6 +22,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import calotype
+
 PROMPT = "a red fox in the snow"
 SIDE = 512
 
@@ -164,8 +166,8 @@ def main() -> None:
                                  "--rounds", str(given.rounds), "--steps", str(given.steps)]),
             "date": date.today().isoformat(),
             "machine": f"{cpu()}, {os.cpu_count()} cores",
-            "versions": {name: version(name) for name in ("calotype", "torch", "diffusers", "transformers")}
-            | {"python": platform.python_version()},
+            "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")}
+            | {"python": platform.python_version(), "calotype": calotype.__version__},
             "median": middle,
             "ratio": ratio,
             "largest difference of 255": difference,

@@ -21,6 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from against_diffusers import cpu
 
+import calotype
+
 FILES = {
     "flux1-dev.safetensors": "flux1-dev",
     "clip_l.safetensors": "flux-text-encoder",
@@ -99,7 +101,7 @@ def main() -> None:
         "command": f"python benchmarks/full_size.py --folder FOLDER --side {given.side} --steps {given.steps}",
         "date": date.today().isoformat(),
         "machine": f"{cpu()}, {os.cpu_count()} cores, {memory:.0f} GiB",
-        "versions": {"python": platform.python_version(), "torch": version("torch"), "calotype": version("calotype")},
+        "versions": {"python": platform.python_version(), "torch": version("torch"), "calotype": calotype.__version__},
         "weights GB": weights / 1e9,
         "measured": measured,
     }
