@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import math
 import socket
 import subprocess
 import sys
@@ -12,12 +14,15 @@ from typing import Any
 import pytest
 import tiny_checkpoints as tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
 from calotype.checkpoint.files import Weights
 from calotype.checkpoint.text_encoders import CLIP, T5
+from calotype.checkpoint.writing import Planned, header, write_random
 from calotype.errors import (
     DamagedFile,
     LoadError,
@@ -34,10 +39,14 @@ from calotype.errors import (
     WrongShape,
 )
 from calotype.families.flux import DEV_DEFAULTS, FluxModel
+from calotype.families.flux.config import DEV
+from calotype.families.flux.family import VAE as FLUX_VAE
 from calotype.families.flux.keys import TRANSFORMER
 from calotype.generate import Model
-from calotype.loading import convert, describe, load
+from calotype.loading import convert, describe, load, manifest
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
+from calotype.text.clip import VIT_L
+from calotype.text.t5 import XXL
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +153,9 @@ def test_a_sharded_encoder_loads_from_any_of_its_files(tmp_path: Path) -> None:
     whole = load_file(files["t5"])
     keys = sorted(whole)
     for number in (1, 2):
-        tiny.save(tmp_path / f"t5-0000{number}-of-00002.safetensors", {key: whole[key] for key in keys[number - 1 :: 2]})
+        tiny.save(
+            tmp_path / f"t5-0000{number}-of-00002.safetensors", {key: whole[key] for key in keys[number - 1 :: 2]}
+        )
     others = [files[name] for name in ("transformer", "clip", "vae")]
     sharded = load(*others, tmp_path / "t5-00002-of-00002.safetensors")
     assert equal(sharded, load(*others, files["t5"]))
@@ -168,8 +179,12 @@ def test_a_folder_may_name_itself_and_its_defaults(tmp_path: Path) -> None:
     defaults = model.family.defaults
     assert (defaults.width, defaults.height, defaults.steps) == (128, 64, 3)
     assert defaults.cfg_scale == DEV_DEFAULTS.cfg_scale
-    tiny.write_json(folder / "calotype.json", {"defaults": {"widht": 128}})
-    with pytest.raises(DamagedFile, match="'widht'"):
+    for wrong in ("widht", "grain"):
+        tiny.write_json(folder / "calotype.json", {"defaults": {wrong: 128}})
+        with pytest.raises(DamagedFile, match=f"'{wrong}'"):
+            load(folder)
+    tiny.write_json(folder / "calotype.json", {"defaults": {"steps": "many"}})
+    with pytest.raises(DamagedFile, match="steps = 'many'"):
         load(folder)
 
 
@@ -247,6 +262,8 @@ import re, sys
 import torch
 from calotype.checkpoint.files import Weights
 from calotype.checkpoint.layouts import Found
+from calotype.families.flux.config import DEV
+from calotype.families.flux.family import VAE as FLUX_VAE
 from calotype.families.flux.keys import TRANSFORMER
 from calotype.loading import Chosen, _network
 from calotype.families import FAMILIES
@@ -274,8 +291,6 @@ print((loaded - before) / size, (memory("VmHWM") - before) / size)
     [("original", "bfloat16", 0.05), ("diffusers", "bfloat16", 0.6), ("diffusers", "float32", 1.15)],
 )
 def test_the_peak_of_loading_stays_near_the_weights(tmp_path: Path, layout: str, dtype: str, at_loading: float) -> None:
-    from calotype.checkpoint.writing import write_random
-
     config = replace(tiny.FLUX, width=1024, heads=8, joint_blocks=2, single_blocks=4, mlp_ratio=4)
     chosen = TRANSFORMER.layout(layout)
     assert chosen is not None
@@ -341,7 +356,10 @@ def test_parts_of_another_size_or_family_are_refused(tmp_path: Path) -> None:
         load(files["transformer"], wide, files["t5"], files["vae"])
     unet = tiny.save(
         tmp_path / "unet.safetensors",
-        {"label_emb.0.0.weight": torch.zeros(1280, 2816), "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(640, 2048)},
+        {
+            "label_emb.0.0.weight": torch.zeros(1280, 2816),
+            "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(640, 2048),
+        },
     )
     with pytest.raises(UnsupportedModel, match=r"unet of sdxl base.*does not go with the other sources"):
         load(files["transformer"], files["clip"], files["t5"], files["vae"], unet)
@@ -471,7 +489,9 @@ def same_file(a: Path, b: Path) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_part_converts_there_and_back(tmp_path: Path, dtype: torch.dtype) -> None:
     for part, config in ((TRANSFORMER, tiny.FLUX), (AUTOENCODER, tiny.VAE)):
-        original = tiny.save(tmp_path / part.name / "a.safetensors", tiny.tensors(part, "original", config, dtype=dtype))
+        original = tiny.save(
+            tmp_path / part.name / "a.safetensors", tiny.tensors(part, "original", config, dtype=dtype)
+        )
         folder = tmp_path / part.name / "folder"
         convert(original, folder, "diffusers")
         assert (folder / "config.json").is_file()
@@ -534,3 +554,65 @@ def test_conversion_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(UnknownModel, match="no known model"):
         convert(tiny.save(tmp_path / "x.safetensors", {"a.b": torch.zeros(1)}), tmp_path / "out", "original")
     assert not (tmp_path / "out").exists()
+
+
+# ---- sizes
+
+
+def test_the_real_flux_is_mapped_in_megabytes(tmp_path: Path) -> None:
+    """34 GB of weights, all holes on disk: mapping them takes neither time nor memory, on a machine with less."""
+    files = {"flux1-dev": "flux1-dev", "flux-ae": "ae", "flux-text-encoder": "clip_l", "t5xxl-fp16": "t5xxl"}
+    for name, file in files.items():
+        plan = [Planned(key, torch.bfloat16, shape) for key, shape in manifest(name)]
+        head = header(plan, {})
+        with (tmp_path / f"{file}.safetensors").open("wb") as out:
+            out.write(head)
+            out.truncate(len(head) + sum(2 * torch.Size(item.shape).numel() for item in plan))
+    tiny.clip_tokenizer(tmp_path / "tokenizer")
+    tiny.t5_tokenizer(tmp_path / "tokenizer_2")
+    model = load(tmp_path)
+    assert model.name == "flux/dev"
+    assert flux(model).transformer.config == DEV
+    assert flux(model).clip.config == VIT_L
+    assert flux(model).t5.config == XXL
+    assert flux(model).vae.config == FLUX_VAE
+    assert sum(tensor.nbytes for tensor in state(model).values()) > 33e9
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return tiny.originals(tmp_path_factory.mktemp("parts"))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_nonsense_shapes_give_load_errors_only(parts: dict[str, Path], data: st.DataObject) -> None:
+    part, layout_name, config = data.draw(
+        st.sampled_from(
+            [
+                (TRANSFORMER, "original", tiny.FLUX),
+                (TRANSFORMER, "diffusers", tiny.FLUX),
+                (CLIP, "transformers", tiny.CLIP_TEXT),
+                (T5, "transformers", tiny.T5_TEXT),
+                (AUTOENCODER, "original", tiny.VAE),
+                (TINY_AUTOENCODER, "diffusers-tiny", tiny.TINY_VAE),
+            ]
+        )
+    )
+    layout = part.layout(layout_name)
+    assert layout is not None
+    shapes = dict(part.bind(layout, config)[1].manifest())
+    side = st.sampled_from([0, 1, 2, 3, 7, 64, 2**31])
+    for key in data.draw(st.lists(st.sampled_from(sorted(shapes)), min_size=1, max_size=6)):
+        shapes[key] = tuple(data.draw(st.lists(side, max_size=4)))
+    head = header([Planned(key, torch.float32, shape) for key, shape in shapes.items()], {})
+    size = sum(4 * math.prod(shape) for shape in shapes.values())
+    path = parts["tokenizer"] / "x.safetensors"
+    with path.open("wb") as out:
+        out.write(head)
+        out.truncate(len(head) + min(size, 2**40))
+    others = [parts[name] for name in ("transformer", "clip", "t5", "vae") if name != part.name]
+    with contextlib.suppress(LoadError):
+        describe(path)
+    with contextlib.suppress(LoadError):
+        load(path, *others, parts["tokenizer"], parts["tokenizer_2"])

@@ -12,14 +12,22 @@ from calotype.checkpoint.layouts import Signature
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """A part of a model that Calotype can name, but not run (yet). `incomplete` says what a half is without."""
+    """A part of a model that Calotype can name, but not run (yet).
 
-    family: str
+    `family` is None for what several have; `incomplete` says what a half is without.
+    """
+
+    family: str | None
     variant: str
     part: str
     layout: str
     signature: Signature
     incomplete: str = ""
+
+    @property
+    def title(self) -> str:
+        """the unet of sdxl base"""
+        return f"the {self.part} of {self.family} {self.variant}" if self.family else self.variant
 
 
 @dataclass(frozen=True)

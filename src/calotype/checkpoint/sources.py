@@ -18,6 +18,7 @@ SCHEDULER = "scheduler_config.json"
 CARD = "calotype.json"  # a model folder's own variant and defaults
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
+UNUSED = frozenset({"safety_checker", "feature_extractor", "image_encoder"})  # parts of pipelines that do not draw
 OWN_NAMES = ("model", "diffusion_pytorch_model")  # files that are part of a folder with a config.json
 MAX_JSON = 16 * 2**20
 
@@ -199,7 +200,7 @@ def _pipeline(path: Path, name: str) -> Source:
     for component, value in index.items():
         named = isinstance(value, list) and len(value) == 2 and value[1] is not None  # pyright: ignore[reportUnknownArgumentType]
         folder = path / component
-        if not named or Path(component).name != component or not folder.is_dir():
+        if not named or component in UNUSED or Path(component).name != component or not folder.is_dir():
             continue
         before = len(source.groups), len(source.tokenizers)
         _take(source, folder, f"{name}/{component}", component)

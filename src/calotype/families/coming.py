@@ -148,8 +148,8 @@ COMING: tuple[Known, ...] = (
     ),
     *(
         Known(
-            family="any family",
-            variant=f"(tiny autoencoder, {side} only)",
+            family=None,
+            variant=f"the {side} of a tiny autoencoder",
             part="vae",
             layout="taesd",
             signature=Signature(has=(f"{side}.{first}.weight", f"{side}.{block}.conv.0.weight")),

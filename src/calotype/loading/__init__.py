@@ -101,7 +101,7 @@ def _recognised(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
     strangers = [item for item in opened.items if item.detected.recognised]
     for item in strangers:
         known = item.detected.recognised[0].known
-        name = f"{item.group.weights.source}: the {known.part} of {known.family} {known.variant}"
+        name = f"{item.group.weights.source}: {known.title}"
         if known.incomplete:
             raise MissingPart(f"{name}: {known.incomplete}")
         if families:

@@ -67,7 +67,7 @@ def _parts(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
                 f"{opened.name}: a {item.detected.attachment.kind}; only models and their parts are converted"
             )
         if item.detected.quantised is not None or item.detected.recognised:
-            what = item.detected.quantised or item.detected.recognised[0].known.family
+            what = item.detected.quantised or item.detected.recognised[0].known.title
             raise UnsupportedModel(f"{opened.name}: {what} is recognised, but not converted yet")
     found = [piece for item in opened.items for piece in item.detected.found]
     if not found:

@@ -78,7 +78,7 @@ def describe(source: str | os.PathLike[str]) -> Description:
             opened.name,
             "model" if whole else "part",
             family=known.family,
-            variant=known.variant,
+            variant=known.variant if known.family else None,
             layout=_layout(opened, known.layout),
             note=known.incomplete or "not supported yet",
             parts=parts,
@@ -86,7 +86,9 @@ def describe(source: str | os.PathLike[str]) -> Description:
     found = [piece for item in opened.items for piece in item.detected.found]
     if not found:
         why = "; ".join(objection for item in opened.items for objection in item.detected.objections)
-        return _described(opened.name, "unknown", note=f"no known model{': ' + why if why else ''}", parts=parts)
+        pipeline = next((f" ({source.pipeline})" for source in opened.sources if source.pipeline), "")
+        note = f"no known model{pipeline}{': ' + why if why else ''}"
+        return _described(opened.name, "unknown", note=note, parts=parts)
     return _of_family(opened, parts)
 
 

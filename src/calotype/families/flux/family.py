@@ -150,11 +150,18 @@ def assemble(given: Assembly) -> FluxModel:
     )
 
 
+WHOLE = ("width", "height", "steps", "text_tokens")
+
+
 def _defaults(family: Defaults, own: Mapping[str, Any]) -> Defaults:
     known = {field.name for field in fields(Defaults)} - {"grain", "samplers", "schedules"}
     unknown = sorted(set(own) - known)
     if unknown:
         raise DamagedFile(f"calotype.json: defaults has {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    for name, value in own.items():
+        wanted = (str,) if name in ("sampler", "schedule") else (int,) if name in WHOLE else (int, float)
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            raise DamagedFile(f"calotype.json: {name} = {value!r} is not of the right kind")
     return replace(family, **own)
 
 
