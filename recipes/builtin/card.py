@@ -20,6 +20,7 @@ from recipes.builtin.draw import COMMON
 from recipes.builtin.evaluate import table
 from recipes.builtin.model import SCALES
 
+ALONE, PAIRS = "Trained objects, alone", "Two things, a pair never trained"
 TEMPLATE = Path(__file__).with_name("card.md.in")
 
 
@@ -33,7 +34,7 @@ class Gate(NamedTuple):
 
 
 GATES = (
-    Gate("trained objects: retrieval top-5", "Trained objects, alone", "retrieval top-5", 0.8),
+    Gate("trained objects: retrieval top-5", ALONE, "retrieval top-5", 0.8),
     Gate(
         "object and its colour never trained together: both right",
         "Object and its colour never trained together",
@@ -48,12 +49,31 @@ GATES = (
     ),
     Gate(
         "pairs never trained: both things right",
-        "Two things, a pair never trained",
+        PAIRS,
         "both things, classifier top-1",
         0.5,
     ),
 )
 NAMED = 20  # of the common prompts
+
+# What can be asked for, in words, and the figure that says how often it comes.
+ABILITIES = (
+    ("one object", ALONE, "classifier top-1"),
+    ("an object by another of its names", "Trained objects by other words", "object (classifier top-1)"),
+    ("a background colour", "Object and background never trained together", "background"),
+    ("an object on a coloured background, both right", "Object and background never trained together", "both"),
+    ("an object in another colour, both right", "Object and its colour never trained together", "both"),
+    ("two objects at once, both right", PAIRS, "both things, classifier top-1"),
+    ("the right number, one to four", "Counts", "one to four"),
+    ("tiny, small or big", "Sizes", "size"),
+    ("a place in the picture", "Places", "place"),
+    (
+        "one thing left of, right of, above or below another",
+        "Left, right, above, below",
+        "both, and where they should be",
+    ),
+    ("flat or sticker style", "Flat and sticker style", "both"),
+)
 
 
 def card(report: dict[str, Any], folder: Path, scale_name: str, named: int, trained: str) -> str:
@@ -64,7 +84,7 @@ def card(report: dict[str, Any], folder: Path, scale_name: str, named: int, trai
         raise FileNotFoundError(f"{folder}: no safetensors files; export the model there first")
     missed = missing(report, named)
     measures: dict[str, Any] = report["measures"]
-    alone = measures["Trained objects, alone"]["distance to the nearest training picture, median"]
+    alone = measures[ALONE]["distance to the nearest training picture, median"]
     seeds = measures["Seeds"]["difference between two seeds, mean over prompts"]
     verdict = (
         "It reaches what was asked of it (the first table below)."
@@ -81,6 +101,7 @@ def card(report: dict[str, Any], folder: Path, scale_name: str, named: int, trai
         threads=threads,
         threads_word="thread" if threads == 1 else "threads",
         verdict=verdict,
+        abilities=abilities(report),
         width=scale.transformer.width,
         joint=scale.transformer.joint_blocks,
         single=scale.transformer.single_blocks,
@@ -120,6 +141,16 @@ def gates(report: dict[str, Any], named: int) -> str:
     for gate in GATES:
         lines.append(f"| {gate.words} | {100 * gate.wanted:.0f} % | {100 * reached(report, gate):.1f} % |")
     return "\n".join(lines)
+
+
+def abilities(report: dict[str, Any]) -> str:
+    """What it does nearly always, often and seldom, as a Markdown list with percentages."""
+    levels: dict[str, list[str]] = {"Nearly always": [], "Often": [], "Seldom": []}
+    for words, title, figure in ABILITIES:
+        value = float(report["measures"][title][figure]["value"])
+        level = "Nearly always" if value >= 0.8 else "Often" if value >= 0.5 else "Seldom"
+        levels[level].append(f"{words} ({100 * value:.0f} %)")
+    return "\n".join(f"- {level}: {'; '.join(words)}." for level, words in levels.items() if words)
 
 
 def _parameters(file: Path) -> int:

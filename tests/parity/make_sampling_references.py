@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from scipy import stats  # pyright: ignore[reportMissingTypeStubs]
+from scipy import stats  # pyright: ignore[reportMissingTypeStubs, reportMissingImports]  # by hand only
 from torch import Tensor
 
 OUT = Path(__file__).parents[1] / "data" / "sampling"

@@ -48,16 +48,14 @@ CLIP_TEXT = ClipConfig(
     projection=None,
     end=39,
 )
-T5_TEXT = T5Config(
-    vocabulary=40, width=48, layers=2, heads=3, head_width=16, mlp_width=64, buckets=8, distance=128
-)
+T5_TEXT = T5Config(vocabulary=40, width=48, layers=2, heads=3, head_width=16, mlp_width=64, buckets=8, distance=128)
 VAE = AutoencoderConfig(
     latent_channels=16, widths=(32, 64, 64, 64), blocks=1, quant_convs=False, scale=0.3611, shift=0.1159
 )
 TINY_VAE = TinyAutoencoderConfig(
     latent_channels=16, width=16, encoder_blocks=(1, 2, 1, 1), decoder_blocks=(2, 1, 1, 1), scale=1.0, shift=0.0
 )
-WORDS = "a red apple on the blue table two cats and dog in snow fox".split()
+WORDS = ["a", "red", "apple", "on", "the", "blue", "table", "two", "cats", "and", "dog", "in", "snow", "fox"]
 
 
 def tensors(
@@ -117,9 +115,7 @@ def originals(folder: Path, *, dtype: torch.dtype = torch.float32) -> dict[str, 
     """A FLUX model as loose original files, with tokenizers beside them."""
     return {
         "transformer": save(folder / "flux1-dev.safetensors", tensors(TRANSFORMER, "original", FLUX, dtype=dtype)),
-        "clip": save(
-            folder / "clip_l.safetensors", tensors(CLIP, "transformers", CLIP_TEXT, seed=1, dtype=dtype)
-        ),
+        "clip": save(folder / "clip_l.safetensors", tensors(CLIP, "transformers", CLIP_TEXT, seed=1, dtype=dtype)),
         "t5": save(folder / "t5xxl.safetensors", tensors(T5, "transformers", T5_TEXT, seed=2, dtype=dtype)),
         "vae": save(folder / "ae.safetensors", tensors(AUTOENCODER, "original", VAE, seed=3, dtype=dtype)),
         "tokenizer": clip_tokenizer(folder / "tokenizer"),
