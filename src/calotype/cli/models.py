@@ -62,7 +62,7 @@ def known() -> Iterator[Listed]:
         yield Listed(family="flux", variant=variant, status=RUNS, defaults=own)
     yield Listed(family="flux", variant="dev", status=RUNS, defaults=DEV_DEFAULTS)
     yield Listed(family="flux", variant="schnell", status=RUNS, defaults=SCHNELL_DEFAULTS)
-    backbones = ((item.family, item.variant) for item in KNOWN if item.part in ("unet", "transformer"))
+    backbones = ((item.family, item.variant) for item in KNOWN if item.family and item.part in ("unet", "transformer"))
     for family, variant in dict.fromkeys(backbones):
         yield Listed(family=family, variant=variant, status=COMING, defaults=None)
 
