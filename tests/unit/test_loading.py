@@ -476,6 +476,26 @@ def test_a_hub_model_in_the_cache_loads_offline(monkeypatch: pytest.MonkeyPatch,
     assert equal(load("org/name"), load(folder))
 
 
+def test_the_published_tokenizer_comes_from_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub.constants
+
+    files = tiny.originals(tmp_path / "parts")
+    wide = replace(tiny.CLIP_TEXT, vocabulary=49408, end=49407)
+    clip = tiny.save(tmp_path / "clip.safetensors", tiny.tensors(CLIP, "transformers", wide))
+    parts = [files["transformer"], files["t5"], files["vae"], files["tokenizer_2"], clip]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(MissingPart, match="hf download openai/clip-vit-large-patch14 tokenizer.json"):
+            load(*parts)
+    repository = tmp_path / "cache" / "models--openai--clip-vit-large-patch14"
+    folder = tiny.tokenizer(repository / "snapshots" / "0123abc", ["<|startoftext|>", "<|endoftext|>", "<cached>"])
+    tiny.write_json(folder / "tokenizer_config.json", {"pad_token": "<cached>"})
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    assert flux(load(*parts)).clip_tokenizer.padding == 2
+
+
 # ---- conversion
 
 

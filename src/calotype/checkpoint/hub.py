@@ -37,33 +37,37 @@ def fetch_model(name: str, folders: frozenset[str]) -> Path:
         for part in folders & set(read_json(index)):
             patterns += [f"{part}/{pattern}" for pattern in (*SMALL, *WEIGHTS)]
         return _download_folder(name, patterns)
-    config = _download(name, "config.json")
-    if isinstance(config, Path):
+    # Where the hub could not be asked, a part by itself may still be in the cache.
+    if isinstance(_download(name, "config.json", cached=index is not None), Path):
         return _download_folder(name, [*SMALL, *WEIGHTS])
-    if isinstance(config, LoadError):
-        raise config
-    raise SourceNotFound(
+    raise index or SourceNotFound(
         f"{name}: this hub model has neither {INDEX} nor config.json; download the file you want "
         f"(hf download {name} FILE) and give its path"
     )
 
 
 def fetch_tokenizer(name: str, files: tuple[str, ...]) -> Path:
-    """The folder of a hub model's tokenizer files."""
-    for file in files:
-        found = _download(name, file)
-        if not isinstance(found, Path):
-            raise found or SourceNotFound(f"{name} has no {file}")
-    return _download_folder(name, list(files))
+    """The folder of a hub model's tokenizer files; the hub is asked only if they are not in the cache."""
+    found = [_download(name, file, cached=True) for file in files]
+    if not all(isinstance(path, Path) for path in found):
+        found = [_download(name, file) for file in files]
+    for path in found:
+        if not isinstance(path, Path):
+            raise path or SourceNotFound(f"{name}: the hub model has no {' or '.join(files)}")
+    assert isinstance(found[0], Path)
+    return found[0].parent
 
 
-def _download(name: str, file: str) -> Path | LoadError | None:
-    """A file of a hub model; None where the model has no such file, an error where that cannot be found out."""
+def _download(name: str, file: str, *, cached: bool = False) -> Path | LoadError | None:
+    """A file of a hub model; None where the model has no such file, an error where that cannot be found out.
+
+    With `cached`, only what is in the cache already.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(name, file))
+        return Path(hf_hub_download(name, file, local_files_only=cached))
     except LocalEntryNotFoundError as error:
         return _explained(name, error)
     except EntryNotFoundError:
@@ -83,7 +87,7 @@ def _download_folder(name: str, patterns: list[str]) -> Path:
 
 def _explained(name: str, error: Exception) -> LoadError:
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
         return LoadError(f"{name}: access is restricted; accept its licence on its hub page, then run `hf auth login`")
@@ -95,4 +99,6 @@ def _explained(name: str, error: Exception) -> LoadError:
             "download it while online, or give a local path"
         )
     reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    if isinstance(error, LocalEntryNotFoundError):
+        reason = "no connection"
     return SourceNotFound(f"{name}: no such file or folder here, and the hub could not be asked: {reason}")
