@@ -636,3 +636,29 @@ def test_nonsense_shapes_give_load_errors_only(parts: dict[str, Path], data: st.
         describe(path)
     with contextlib.suppress(LoadError):
         load(path, *others, parts["tokenizer"], parts["tokenizer_2"])
+
+
+def test_pipelines_of_other_families_are_named(tmp_path: Path) -> None:
+    folder = tiny.pipeline(tmp_path / "sd1")
+    for name in ("transformer", "text_encoder_2"):
+        (folder / name).rename(tmp_path / name)
+    tiny.save(
+        folder / "unet" / "diffusion_pytorch_model.safetensors",
+        {
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.zeros(320, 768),
+            "conv_out.weight": torch.zeros(4, 320, 3, 3),
+        },
+    )
+    (folder / "safety_checker").mkdir()
+    torch.save({}, folder / "safety_checker" / "pytorch_model.bin")  # not needed to draw, so not looked at
+    index = {name: ["library", "Class"] for name in ("unet", "text_encoder", "vae", "safety_checker")}
+    tiny.write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **index})
+    seen = describe(folder)
+    assert (seen.kind, seen.family, seen.variant, seen.supported) == ("model", "sd1", "1.x", False)
+    assert [part.name for part in seen.parts] == ["unet", "clip", "vae"]
+    with pytest.raises(UnsupportedModel, match=r"the unet of sd1 1\.x: recognised, but not supported yet"):
+        load(folder)
+    tiny.write_json(folder / "model_index.json", {"_class_name": "OtherPipeline"})
+    assert describe(folder).note == "no known model (OtherPipeline)"
+    with pytest.raises(UnknownModel, match="an? OtherPipeline, which is not supported"):
+        load(folder)

@@ -117,7 +117,7 @@ class Stacked(Rule):
 class Extra:
     """Tensors that files may also have, and that nothing here needs; `*` is any text.
 
-    `shape` is that of the known files, for manifests; `dtype` goes with it.
+    `shape` is that of the known files, for manifests; None where no manifest has them.
     """
 
     theirs: str

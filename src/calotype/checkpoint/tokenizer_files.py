@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,8 +116,3 @@ def _marks(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
             if number is not None:
                 found[name] = number
     return found
-
-
-def as_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer's own description, for saving."""
-    return json.loads(tokenizer.to_str())

@@ -50,11 +50,7 @@ class Assembly:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A published file: parts with their layouts, each under a prefix.
-
-    `only` keeps the keys that begin with it and takes it off (a file that holds one half of a part); `extras` are
-    optional tensors that this file has.
-    """
+    """A published file, by a name without spaces."""
 
     name: str
     parts: tuple[ManifestPart, ...]
@@ -62,6 +58,12 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestPart:
+    """A part in a published file, its keys under a prefix.
+
+    `only` keeps the keys that begin with it and takes it off (a file that holds one half of a part); `extras` are
+    optional tensors that this file has.
+    """
+
     part: Part[Any]
     layout: str
     config: Any

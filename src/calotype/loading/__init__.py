@@ -108,6 +108,9 @@ def _recognised(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
             raise UnsupportedModel(f"{name}, which does not go with the other sources ({families[0].title})")
         raise UnsupportedModel(f"{name}: recognised, but not supported yet; supported: {_titles()}")
     if not families:
+        pipeline = next((source.pipeline for source in opened.sources if source.pipeline), None)
+        if pipeline not in (None, *(family.pipeline for family in FAMILIES)):
+            raise UnknownModel(f"{opened.name}: a {pipeline}, which is not supported; supported: {_titles()}")
         held = sorted({found.part.name for item in opened.items for found in item.detected.found})
         wanted = " or ".join(f"the {f.backbone.name} of {f.title} ({f.backbone.where})" for f in FAMILIES)
         raise MissingPart(
