@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from calotype.nn.attention import attention
+from calotype.nn.conv import Conv2d
 from calotype.nn.linear import Linear
 
 GROUPS = 32
@@ -36,10 +37,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(GROUPS, width_in, eps=1e-6)
-        self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
+        self.conv1 = Conv2d(width_in, width, 3, padding=1)
         self.norm2 = nn.GroupNorm(GROUPS, width, eps=1e-6)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else None
+        self.conv2 = Conv2d(width, width, 3, padding=1)
+        self.shortcut = Conv2d(width_in, width, 1) if width_in != width else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
@@ -79,7 +80,7 @@ class EncoderLevel(nn.Module):
     def __init__(self, width_in: int, width: int, blocks: int, last: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(width if i else width_in, width) for i in range(blocks))
-        self.down = None if last else nn.Conv2d(width, width, 3, stride=2)
+        self.down = None if last else Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -92,7 +93,7 @@ class DecoderLevel(nn.Module):
     def __init__(self, width_in: int, width: int, blocks: int, last: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(width if i else width_in, width) for i in range(blocks))
-        self.up = None if last else nn.Conv2d(width, width, 3, padding=1)
+        self.up = None if last else Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -106,14 +107,14 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = config.widths
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(3, widths[0], 3, padding=1)
         self.levels = nn.ModuleList(
             EncoderLevel(widths[max(i - 1, 0)], width, config.blocks, last=i == len(widths) - 1)
             for i, width in enumerate(widths)
         )
         self.middle = Middle(widths[-1])
         self.norm_out = nn.GroupNorm(GROUPS, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -128,14 +129,14 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths = config.widths[::-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.middle = Middle(widths[0])
         self.levels = nn.ModuleList(
             DecoderLevel(widths[max(i - 1, 0)], width, config.blocks + 1, last=i == len(widths) - 1)
             for i, width in enumerate(widths)
         )
         self.norm_out = nn.GroupNorm(GROUPS, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.middle(self.conv_in(z))
@@ -153,8 +154,8 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         z = config.latent_channels
-        self.quant = nn.Conv2d(2 * z, 2 * z, 1) if config.quant_convs else None
-        self.post_quant = nn.Conv2d(z, z, 1) if config.quant_convs else None
+        self.quant = Conv2d(2 * z, 2 * z, 1) if config.quant_convs else None
+        self.post_quant = Conv2d(z, z, 1) if config.quant_convs else None
 
     def encode(self, picture: Tensor) -> Tensor:
         """The mean of the latent Gaussian, scaled; float32."""

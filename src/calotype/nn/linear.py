@@ -25,6 +25,11 @@ def native(dtype: torch.dtype) -> bool:
     return any(answers) or not answers
 
 
+def widened(x: Tensor) -> bool:
+    """Whether products of `x` are better taken in float32: half precision on a CPU without its arithmetic."""
+    return x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and not native(x.dtype)
+
+
 class Linear(nn.Linear):
     """torch's linear layer; on a CPU without half-precision arithmetic, large products are taken in float32.
 
@@ -33,8 +38,7 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         weight = self.weight
-        half_on_cpu = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu"
-        if not half_on_cpu or input.numel() < ROWS * input.shape[-1] or native(weight.dtype):
+        if not widened(weight) or input.numel() < ROWS * input.shape[-1]:
             return F.linear(input, weight, self.bias)
         bias = None if self.bias is None else self.bias.float()  # pyright: ignore[reportUnnecessaryComparison]
         return F.linear(input.float(), weight.float(), bias).to(input.dtype)

@@ -1,0 +1,17 @@
+"""A convolution that is also quick where the processor lacks its dtype's arithmetic."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from calotype.nn.linear import widened
+
+
+class Conv2d(nn.Conv2d):
+    """torch's convolution; on a CPU without half-precision arithmetic it is taken in float32, as in `Linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
+        if not widened(self.weight):
+            return super().forward(input)
+        bias = None if self.bias is None else self.bias.float()
+        return self._conv_forward(input.float(), self.weight.float(), bias).to(input.dtype)
