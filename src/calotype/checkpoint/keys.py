@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -32,12 +32,21 @@ class Span(NamedTuple):
     height: int
 
 
+class Place(NamedTuple):
+    """The shape of one of theirs, and where its rows go; `transposed` theirs has the axes of ours exchanged."""
+
+    shape: Shape
+    spans: tuple[Span, ...]
+    transposed: bool = False
+
+
 class Source(NamedTuple):
-    """One of their tensors, and where its rows go."""
+    """One of their tensors and its place."""
 
     key: str
     shape: Shape
     spans: tuple[Span, ...]
+    transposed: bool
 
 
 class Bound(NamedTuple):
@@ -50,7 +59,7 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule(ABC):
-    """How one of ours is made of theirs. `_sources` gives their shapes and spans, in the order of `theirs`."""
+    """How one of ours is made of theirs."""
 
     @property
     @abstractmethod
@@ -58,8 +67,8 @@ class Rule(ABC):
         """Patterns of theirs, and of ours."""
 
     @abstractmethod
-    def sources(self, shape: Shape) -> tuple[tuple[Shape, tuple[Span, ...]], ...]:
-        """Shapes and spans of theirs for one of ours of this shape."""
+    def places(self, shape: Shape) -> tuple[Place, ...]:
+        """Theirs for one of ours of this shape, in the order of `names`."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +82,44 @@ class Same(Rule):
     def names(self) -> tuple[tuple[str, ...], str]:
         return (self.theirs,), self.ours
 
-    def sources(self, shape: Shape) -> tuple[tuple[Shape, tuple[Span, ...]], ...]:
-        return ((shape, (_whole(shape),)),)
+    def places(self, shape: Shape) -> tuple[Place, ...]:
+        return (Place(shape, (_whole(shape),)),)
 
 
 @dataclass(frozen=True)
 class Pointwise(Same):
     """Theirs is a convolution of size 1, ours the linear layer that it is: weights differ by two trailing axes."""
 
-    def sources(self, shape: Shape) -> tuple[tuple[Shape, tuple[Span, ...]], ...]:
-        return (((*shape, 1, 1) if len(shape) == 2 else shape, (_whole(shape),)),)
+    def places(self, shape: Shape) -> tuple[Place, ...]:
+        return (Place((*shape, 1, 1) if len(shape) == 2 else shape, (_whole(shape),)),)
+
+
+@dataclass(frozen=True)
+class Transposed(Same):
+    """Theirs is a matrix that stands on the right of its product, ours a linear layer's."""
+
+    def places(self, shape: Shape) -> tuple[Place, ...]:
+        return (Place(shape[::-1], (_whole(shape),), transposed=True),)
+
+
+@dataclass(frozen=True)
+class Sliced(Same):
+    """Ours is one of `parts` equal blocks of rows of theirs, number `part` from 0."""
+
+    part: int
+    parts: int
+
+    def places(self, shape: Shape) -> tuple[Place, ...]:
+        return (Place((self.parts * shape[0], *shape[1:]), (Span(self.part * shape[0], 0, shape[0]),)),)
 
 
 @dataclass(frozen=True)
 class Swapped(Same):
     """Theirs has the two halves of ours in the other order."""
 
-    def sources(self, shape: Shape) -> tuple[tuple[Shape, tuple[Span, ...]], ...]:
+    def places(self, shape: Shape) -> tuple[Place, ...]:
         half = shape[0] // 2
-        return ((shape, (Span(0, half, half), Span(half, 0, half))),)
+        return (Place(shape, (Span(0, half, half), Span(half, 0, half))),)
 
 
 @dataclass(frozen=True)
@@ -106,10 +134,10 @@ class Stacked(Rule):
     def names(self) -> tuple[tuple[str, ...], str]:
         return self.theirs, self.ours
 
-    def sources(self, shape: Shape) -> tuple[tuple[Shape, tuple[Span, ...]], ...]:
+    def places(self, shape: Shape) -> tuple[Place, ...]:
         starts = [sum(self.rows[:k]) for k in range(len(self.rows))]
         return tuple(
-            ((rows, *shape[1:]), (Span(0, start, rows),)) for start, rows in zip(starts, self.rows, strict=True)
+            Place((rows, *shape[1:]), (Span(0, start, rows),)) for start, rows in zip(starts, self.rows, strict=True)
         )
 
 
@@ -158,8 +186,8 @@ class Table:
             assert len(found) == 1, f"{self.name}: {len(found)} rules for {key}"
             match, rule = found[0]
             sources = tuple(
-                Source(_filled(name, match.groupdict(), self.numbers), shape_of_theirs, spans)
-                for name, (shape_of_theirs, spans) in zip(rule.names[0], rule.sources(shape), strict=True)
+                Source(_filled(name, match.groupdict(), self.numbers), *place)
+                for name, place in zip(rule.names[0], rule.places(shape), strict=True)
             )
             bound.append(Bound(key, shape, sources))
         return Binding(self, tuple(bound))
@@ -172,6 +200,10 @@ class Binding:
         self.table = table
         self.bound = bound
         self.shapes: dict[str, Shape] = {source.key: source.shape for item in bound for source in item.sources}
+        self._made_of: dict[str, list[tuple[Bound, Source]]] = {}
+        for item in bound:
+            for source in item.sources:
+                self._made_of.setdefault(source.key, []).append((item, source))
 
     def manifest(self, extras: Sequence[str] = ()) -> list[tuple[str, Shape]]:
         """Their keys and shapes; `extras` names those of the optional tensors that a known file has."""
@@ -226,8 +258,27 @@ class Binding:
 
     def save(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Their tensors from our state dict, one at a time: the inverse of `load`."""
-        for item in self.bound:
-            yield from take_apart(item, state[item.ours])
+        for key in self.shapes:
+            yield key, self.theirs(key, state.__getitem__)
+
+    def owners(self, key: str) -> tuple[str, ...]:
+        """Which of ours one of their tensors goes into."""
+        return tuple(item.ours for item, _ in self._made_of[key])
+
+    def theirs(self, key: str, ours: Callable[[str], Tensor]) -> Tensor:
+        """One of their tensors, made of ours."""
+        pieces = self._made_of[key]
+        first, source = pieces[0]
+        if len(pieces) == 1 and source.spans == (_whole(first.shape),):
+            value = ours(first.ours)
+            return (value.t() if source.transposed else value).reshape(source.shape)
+        value = ours(first.ours)
+        out = torch.empty((source.shape[0], *value.shape[1:]), dtype=value.dtype)
+        for item, source in pieces:
+            value = ours(item.ours)
+            for span in source.spans:
+                out[span.theirs : span.theirs + span.height] = value[span.ours : span.ours + span.height]
+        return out.reshape(source.shape)
 
 
 def put_together(
@@ -243,24 +294,17 @@ def put_together(
         )
     target = dtype or next(iter(stored))
     first = item.sources[0]
-    if mapped and stored == {target} and first.spans == (_whole(item.shape),):
-        return weights.mapped(names[first.key]).view(item.shape)
+    if first.transposed:
+        return weights.mapped(names[first.key]).t().to(target, copy=True).contiguous()
+    if mapped and stored == {target} and len(item.sources) == 1 and len(first.spans) == 1:
+        span, theirs = first.spans[0], weights.mapped(names[first.key])
+        return (theirs[span.theirs : span.theirs + span.height] if item.shape else theirs).reshape(item.shape)
     out = torch.empty(item.shape, dtype=target)
     for source in item.sources:
         for span in source.spans:
             place = out[span.ours : span.ours + span.height] if item.shape else out
             weights.read(names[source.key], place, row=span.theirs)
     return out
-
-
-def take_apart(item: Bound, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Theirs from one of ours."""
-    for source in item.sources:
-        pieces = (
-            [value[span.ours : span.ours + span.height] for span in sorted(source.spans)] if item.shape else [value]
-        )
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        yield source.key, whole.reshape(source.shape)
 
 
 PLACEHOLDER = re.compile(r"\{([^}]*)\}|\*")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from calotype.checkpoint.keys import Alias, Extra, Same, Table
+from calotype.checkpoint.keys import Alias, Extra, Rule, Same, Sliced, Table, Transposed
 from calotype.checkpoint.layouts import Evidence, Layout, Part, Signature
 from calotype.text.clip import ClipConfig, ClipEncoder
 from calotype.text.t5 import T5Config, T5Encoder
@@ -96,10 +96,59 @@ def clip_settings(config: ClipConfig) -> dict[str, Any]:
     }
 
 
+OPENCLIP_RULES = {
+    "token_embedding.*": "tokens.*",
+    "transformer.resblocks.{i}.ln_1.*": "layers.{i}.attention_norm.*",
+    "transformer.resblocks.{i}.attn.out_proj.*": "layers.{i}.attention_out.*",
+    "transformer.resblocks.{i}.ln_2.*": "layers.{i}.mlp_norm.*",
+    "transformer.resblocks.{i}.mlp.c_fc.*": "layers.{i}.mlp_in.*",
+    "transformer.resblocks.{i}.mlp.c_proj.*": "layers.{i}.mlp_out.*",
+    "ln_final.*": "norm_out.*",
+}
+
+
+def openclip_config(evidence: Evidence) -> ClipConfig:
+    vocabulary, width = evidence.size("token_embedding.weight"), evidence.size("token_embedding.weight", 1)
+    return ClipConfig(
+        vocabulary=vocabulary,
+        width=width,
+        layers=evidence.count("transformer.resblocks.{i}."),
+        heads=evidence.number("num_attention_heads", max(width // 64, 1)),
+        mlp_width=evidence.size("transformer.resblocks.0.mlp.c_fc.weight"),
+        positions=evidence.size("positional_embedding"),
+        quick_gelu=False,
+        projection=evidence.size("text_projection", 1) if "text_projection" in evidence.weights else None,
+        end=vocabulary - 1,
+    )
+
+
+def openclip_table(config: ClipConfig) -> Table:
+    rules: list[Rule] = [Same(theirs, ours) for theirs, ours in OPENCLIP_RULES.items()]
+    rules.append(Same("positional_embedding", "positions.weight"))
+    for number, x in enumerate("qkv"):
+        theirs = "transformer.resblocks.{i}.attn.in_proj_*"
+        rules.append(Sliced(theirs, f"layers.{{i}}.{x}.*", part=number, parts=3))
+    if config.projection:
+        rules.append(Transposed("text_projection", "projection.weight"))
+    return Table("clip/openclip", tuple(rules), (Extra("logit_scale", ()), Extra("attn_mask")))
+
+
 CLIP = Part(
     name="clip",
     network=ClipEncoder,
-    layouts=(clip_layout("transformers", "text_model."), clip_layout("transformers-bare", "")),
+    layouts=(
+        clip_layout("transformers", "text_model."),
+        clip_layout("transformers-bare", ""),
+        Layout(
+            name="openclip",
+            # No settings: only whole checkpoints hold it so, folders have it as transformers does.
+            signature=Signature(
+                has=("transformer.resblocks.0.attn.in_proj_weight", "token_embedding.weight", "positional_embedding")
+            ),
+            config=openclip_config,
+            table=openclip_table,
+        ),
+    ),
 )
 
 

@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from calotype.checkpoint.keys import put_together, take_apart
+from calotype.checkpoint.keys import put_together
 from calotype.checkpoint.layouts import Layout
 from calotype.checkpoint.sources import CARD, INDEX, SCHEDULER
 from calotype.checkpoint.writing import Planned, write
@@ -48,9 +49,9 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], layout:
     for role, part in parts.items():
         if layout == "diffusers":
             folder = target if single else target / part.role.folder
-            written += _as_folder(part, part.found.part.styled(layout) or part.found.layout, folder)
+            written += _as_folder(part, folder)
         elif part.found.part.styled(layout) is None:
-            written += _as_folder(part, part.found.layout, target if single else target / part.role.folder)
+            written += _as_folder(part, target if single else target / part.role.folder)
         else:
             name = part.role.file.format(variant) or f"{role}.safetensors"
             written += _as_file(part, layout, target if as_file else target / name, as_file)
@@ -77,8 +78,10 @@ def _parts(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
     return family, choose(family, opened)
 
 
-def _as_folder(part: Chosen, layout: Layout[Any], folder: Path) -> list[Path]:
+def _as_folder(part: Chosen, folder: Path) -> list[Path]:
     """A part as a folder: config.json and one file of weights."""
+    known = (part.found.part.styled("diffusers"), part.found.layout, *part.found.part.layouts)
+    layout = next(layout for layout in known if layout is not None and layout.settings is not None)
     assert layout.settings is not None
     settings = layout.settings(part.config)
     weights = folder / ("diffusion_pytorch_model.safetensors" if "_class_name" in settings else "model.safetensors")
@@ -119,26 +122,20 @@ def _write(part: Chosen, layout: Layout[Any], path: Path, metadata: Mapping[str,
     _, theirs = found.bind(config)
     _, wanted = found.part.bind(layout, config)
     names = theirs.resolve(found.weights)
-    plan: list[Planned] = []
-    owner: dict[str, int] = {}
-    for number, (here, there) in enumerate(zip(theirs.bound, wanted.bound, strict=True)):
-        assert here.ours == there.ours
-        dtype = found.weights[names[here.sources[0].key]].dtype
-        for source in there.sources:
-            if source.key.startswith(only):
-                plan.append(Planned(source.key[len(only) :], dtype, source.shape))
-                owner[source.key[len(only) :]] = number
-    made: dict[int, dict[str, Tensor]] = {}
+    here = {item.ours: item for item in theirs.bound}
+    dtypes = {ours: found.weights[names[item.sources[0].key]].dtype for ours, item in here.items()}
+    plan = [
+        Planned(key[len(only) :], dtypes[wanted.owners(key)[0]], shape)
+        for key, shape in wanted.shapes.items()
+        if key.startswith(only)
+    ]
 
-    def tensor(key: str) -> Tensor:
-        number = owner[key]
-        if number not in made:
-            made.clear()
-            whole = put_together(theirs.bound[number], found.weights, names, None, mapped=True)
-            made[number] = dict(take_apart(wanted.bound[number], whole))
-        return made[number][only + key]
+    # What one of theirs is cut from, the next one often is too.
+    @lru_cache(maxsize=1)
+    def ours(key: str) -> Tensor:
+        return put_together(here[key], found.weights, names, None, mapped=True)
 
-    write(path, plan, tensor, metadata)
+    write(path, plan, lambda key: wanted.theirs(only + key, ours), metadata)
 
 
 def _beside(

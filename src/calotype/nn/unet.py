@@ -1,4 +1,4 @@
-"""The UNet of latent diffusion (Rombach et al. 2022), from Stable Diffusion 1.x to SDXL (Podell et al. 2023) and Kolors.
+"""The UNet of latent diffusion (Rombach et al. 2022): Stable Diffusion 1.x, SDXL (Podell et al. 2023), Kolors.
 
 Whatever does not depend on the noisy picture is computed once a job by `prepare`: the keys and values that the text
 gives to every cross-attention, and the shifts that time gives to every residual block at all levels.
@@ -31,7 +31,9 @@ class UNetConfig:
 
     `blocks` residual blocks a level (one more on the way up); `depths` transformer blocks after each of them, none
     where 0; `text_width` is what cross-attention takes, `text_width_in` what comes in where a projection stands before
-    it (Kolors); `vector_width` is the width of the pooled text and sizes (SDXL), None where there is no such input.
+    it (Kolors); `vector_width` is the width of the pooled text and sizes (SDXL), None where there is no such input,
+    and `size_width` that of each size among them. `convolved` says how files hold the projections around transformers:
+    as convolutions of size 1, or as the linear layers that they are.
     """
 
     channels_in: int
@@ -44,6 +46,8 @@ class UNetConfig:
     text_width: int
     text_width_in: int | None
     vector_width: int | None
+    size_width: int
+    convolved: bool
 
 
 KeysAndValues = tuple[tuple[Tensor, Tensor], ...]

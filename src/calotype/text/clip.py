@@ -46,6 +46,18 @@ VIT_L = ClipConfig(
     end=49407,
 )
 
+BIG_G = ClipConfig(
+    vocabulary=49408,
+    width=1280,
+    layers=32,
+    heads=20,
+    mlp_width=5120,
+    positions=77,
+    quick_gelu=False,
+    projection=1280,
+    end=49407,
+)
+
 
 class ClipStates(NamedTuple):
     """What families take from CLIP."""
