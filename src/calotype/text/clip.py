@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,8 +91,15 @@ class Layer(nn.Module):
         return x + self.mlp_out(y)
 
 
+Inserted = Sequence[tuple[int, Tensor]]  # in one row: where, and vectors (m d) that stand there instead of tokens
+
+
 class ClipEncoder(nn.Module):
-    """Token ids (b n), n at most `positions` -> ClipStates."""
+    """Token ids (b n), n at most `positions` -> ClipStates.
+
+    `inserted`, one entry a row, puts vectors in the place of tokens (textual inversion, Gal et al. 2022); the ids there
+    count for nothing, but must not be the end token's.
+    """
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -102,8 +110,12 @@ class ClipEncoder(nn.Module):
         self.norm_out = nn.LayerNorm(config.width)
         self.projection = Linear(config.width, config.projection, bias=False) if config.projection else None
 
-    def forward(self, ids: Tensor) -> ClipStates:
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, inserted: Sequence[Inserted] = ()) -> ClipStates:
+        x = self.tokens(ids)
+        for row, pieces in enumerate(inserted):
+            for start, vectors in pieces:
+                x[row, start : start + len(vectors)] = vectors.to(x)
+        x = x + self.positions.weight[: ids.shape[1]]
         hidden = [x]
         for layer in self.layers:
             x = layer(x)

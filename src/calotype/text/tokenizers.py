@@ -21,6 +21,12 @@ class PromptTokenizer:
     end: int
     padding: int
 
+    @property
+    def comma(self) -> int | None:
+        """The id of a comma that stands alone, where long prompts are best cut; None where there is none."""
+        found = (self.tokenizer.token_to_id(spelling) for spelling in (",</w>", ","))
+        return next((number for number in found if number is not None), None)
+
     def words(self, prompt: str) -> list[int]:
         """The prompt's own ids, without start, end and padding."""
         return self.tokenizer.encode(prompt, add_special_tokens=False).ids
