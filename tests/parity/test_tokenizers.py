@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -32,36 +33,37 @@ BY_HAND = (
     "It's 3 o'clock, isn't it? We've, they'll, I'm, you'd, they're: 100% (yes)!",
     "IT'S THE END'S 'S 's'' '",
     "hello! wow!!! a ! b !c! ?!",
-    "caf\u00e9 CR\u00c8ME na\u00efve \ufb01anc\u00e9 cafe\u0301 A\u030angstrom \u212bngstr\u00f6m",
-    "\u4e00\u53ea\u7ea2\u8272\u7684\u72d0\u72f8\u5728\u96ea\u5730\u91cc\uff0c\u9ad8\u6e05\uff0c8K\u3002",
-    "\u96ea\u306e\u4e2d\u306e\u72d0 \U0001f98a \u2014 \u00abguillemets\u00bb \uac00\ub098\ub2e4",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f3f3\ufe0f\u200d\U0001f308 \U0001f44d\U0001f3fd",
-    "\u05e9\u05d5\u05e2\u05dc \u05d0\u05d3\u05d5\u05dd \u0627\u0644\u062b\u0639\u0644\u0628 \u202b\u0645\u062b\u0627\u0644\u202c 123",
-    "\u0130stanbul \u0131 \u03a3\u03af\u03c3\u03c5\u03c6\u03bf\u03c2 \u039f\u0394\u039f\u03a3 stra\u00dfe STRASSE \u1e9e",
-    "a\x00b\x07c\x1bd\x7fe \u200b\u200d\ufeff\u2028\u2029\x85 f\ufffdg",
+    "café CRÈME naïve ﬁancé cafe\u0301 A\u030angstrom \u212bngström",
+    "一只红色的狐狸在雪地里，高清，8K。",
+    "雪の中の狐 🦊 — \u00abguillemets\u00bb 가나다",
+    "👨\u200d👩\u200d👧\u200d👦 🏳\ufe0f\u200d🌈 👍\U0001f3fd",
+    "\u05e9\u05d5\u05e2\u05dc \u05d0\u05d3\u05d5\u05dd \u0627\u0644\u062b\u0639\u0644\u0628 \u202b\u0645\u062b\u0627\u0644\u202c"
+    " 123",
+    "İstanbul ı Σίσυφος ΟΔΟΣ straße STRASSE ẞ",
+    "a\x00b\x07c\x1bd\x7fe \u200b\u200d\ufeff\u2028\u2029\x85 f�g",
     "&amp; &lt;b&gt; &quot;x&quot; &#39;y&#39; &eacute; &nbsp;",
-    "\u201cquoted\u201d \u2018single\u2019 it\u2019s \u2026 \u2013 \u2014",
-    "1 12 123 1,234.56 1e-5 0x7f \u0661\u0662\u0663 \u00bd \u2163 \u00b2 4k 8K 35mm f/1.8",
+    "\u201cquoted\u201d \u2018single\u2019 it\u2019s … – —",
+    "1 12 123 1,234.56 1e-5 0x7f \u0661\u0662\u0663 ½ Ⅳ ² 4k 8K 35mm f/1.8",
     "<|endoftext|>",
     "<|startoftext|> a <|endoftext|> b<|endoftext|>c",
     "<|ENDOFTEXT|> <|StartOfText|> <|endoftext| >",
     "</s> <pad> <unk> <extra_id_0> <extra_id_99>",
-    "</w> a</w> ,</w> \u0120 \u010a",
+    "</w> a</w> ,</w> Ġ Ċ",
     "(masterpiece:1.2), [low] {curly} <lora:x:0.8> a|b \\(c\\) BREAK d",
     "https://example.org/?a=b&c=d#e user@example.org #tag @name snake_case kebab-case camelCase",
     "a" * 300,
     "supercalifragilisticexpialidocious" * 4,
     "!" * 200,
     "a, " * 120,
-    "\u96ea" * 200,
-    "\U0001f98a" * 120,
+    "雪" * 200,
+    "🦊" * 120,
     "e\u0301" * 150,
     "z\u0351\u0352\u0353\u0354\u0355a\u0334\u0335\u0336lgo",
-    "\U0001d54f\U0001d4ea\U0001d7d8 \U00020000\U000e0001 \ue000 \U0010ffff",
+    "𝕏𝓪\U0001d7d8 𠀀\U000e0001 \ue000 \U0010ffff",
 )
 ALPHABETS: dict[str, str] = {
     "latin": "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ'-",
-    "accents": "\u00e0\u00e1\u00e2\u00e3\u00e4\u00e5\u00e6\u00e7\u00e8\u00e9\u00ea\u00eb\u00f1\u00f6\u00fc\u0153\u0161\u017e\u00c0\u00c9\u00dc\u0301\u0308\u0327aeiou",
+    "accents": "àáâãäåæçèéêëñöüœšžÀÉÜ\u0301\u0308\u0327aeiou",
     "chinese": "".join(map(chr, range(0x4E00, 0x9FFF, 37))),
     "kana": "".join(map(chr, range(0x3041, 0x30FF))),
     "hangul": "".join(map(chr, range(0xAC00, 0xD7A3, 97))),
@@ -69,30 +71,31 @@ ALPHABETS: dict[str, str] = {
     "greek": "".join(map(chr, (*range(0x391, 0x3A2), *range(0x3A3, 0x3CA)))),
     "right to left": "".join(map(chr, (*range(0x5D0, 0x5EB), *range(0x620, 0x64B)))),
     "indic": "".join(map(chr, (*range(0x904, 0x94E), *range(0xE01, 0xE3B)))),
-    "digits": "0123456789\u0663\u00bd\u2167",
-    "marks": "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\u2026\u2014\u201c\u2019",
-    "emoji": "\U0001f98a\U0001f431\u2744\ufe0f\U0001f3fd\u200d\U0001f469\U0001f680\u2764",
-    "control": "\x00\x01\x07\x08\x0b\x0c\x1b\x1c\x7f\x80\x85\xad\u200b\u200e\u202e\u2028\ufeff\ufffd",
+    "digits": "0123456789\u0663½Ⅷ",
+    "marks": "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~…—\u201c\u2019",
+    "emoji": "🦊🐱❄\ufe0f\U0001f3fd\u200d👩🚀❤",
+    "control": "\x00\x01\x07\x08\x0b\x0c\x1b\x1c\x7f\x80\x85\xad\u200b\u200e\u202e\u2028\ufeff�",
 }
-WORDS = (
+WORDS = re.findall(
+    r"\S+",
     "a photo of the red fox girl castle in snow, oil painting; 8k highly-detailed portrait by Greg's "
-    "trending on ArtStation unreal_engine &amp; isn't they'd (masterpiece) 1girl f/1.8 caf\u00e9"
-).split()
+    "trending on ArtStation unreal_engine &amp; isn't they'd (masterpiece) 1girl f/1.8 café",
+)
 
 
 def prompts() -> list[str]:
     """500: those above, words in natural mixtures, and words of letters drawn from one script, or from several."""
     rng = random.Random(20)
     made = list(BY_HAND)
-    while len(made) < 250:
+    while len(made) < 300:
         words = [
             rng.choice(WORDS) if rng.random() < 0.8 else drawn(rng, rng.choice(list(ALPHABETS)))
-            for _ in range(rng.randint(1, 60))
+            for _ in range(rng.randint(1, 40))
         ]
         made.append(rng.choice((" ", " ", ", ", "\n")).join(words))
     while len(made) < 500:
         scripts = rng.sample(list(ALPHABETS), rng.choice((1, 1, 2, 4)))
-        words = [drawn(rng, rng.choice(scripts)) for _ in range(rng.randint(1, 12))]
+        words = [drawn(rng, rng.choice(scripts)) for _ in range(rng.randint(1, 8))]
         made.append(rng.choice((" ", "", ",", "  ", "\t")).join(words))
     return made
 
@@ -159,18 +162,37 @@ def test_a_chunk_is_what_transformers_pads(role: str, names: tuple[str, ...]) ->
     folder = published(*names)
     mine, theirs = ours(folder, role), transformers.CLIPTokenizer.from_pretrained(folder)
     short = [prompt for prompt in PROMPTS if len(mine.words(prompt)) <= 75]
-    assert len(short) > 300
+    assert len(short) > 250
     wanted = theirs(short, padding="max_length", max_length=77).input_ids
     for prompt, ids in zip(short, wanted, strict=True):
         made = chunks(escape(prompt), mine)
         assert [chunk.ids.tolist() for chunk in made] == [[ids]], prompt
 
 
-def test_t5_equals_transformers() -> None:
+def test_t5_equals_sentencepiece() -> None:
+    """But for marks, which sentencepiece does not know, and two slips of the published tokenizer.json.
+
+    It takes several combining marks on a letter as one, and U+0085 at the end as white space.
+    """
+    sentencepiece = pytest.importorskip("sentencepiece")
     folder = published("flux", "tokenizer_2")
     mine = ours(folder, "t5")
     assert (mine.start, mine.end, mine.padding) == (None, 1, 0)
-    assert_equal(mine, transformers.T5TokenizerFast.from_pretrained(folder), 128)
+    theirs = sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))
+    wrong = [prompt for prompt in PROMPTS if "<pad>" not in prompt and mine.words(prompt) != theirs.encode(prompt)]
+    assert all(re.search(r"\x85|[\u0301\u0308\u0327]{2}", prompt) for prompt in wrong)
+    assert len(wrong) < 10
+
+
+def test_t5_equals_transformers() -> None:
+    """But for control characters, at which transformers 5 cuts words; neither transformers 4 nor sentencepiece does."""
+    folder = published("flux", "tokenizer_2")
+    mine, theirs = ours(folder, "t5"), transformers.T5TokenizerFast.from_pretrained(folder)
+    plain = [prompt for prompt in PROMPTS if not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", prompt)]
+    assert len(plain) > 400
+    wanted = theirs(plain, padding="max_length", max_length=128, truncation=True).input_ids
+    for prompt, ids in zip(plain, wanted, strict=True):
+        assert mine(prompt, 128).tolist() == [ids], prompt
 
 
 def test_the_shared_tokenizer_pads_bigg_with_zero() -> None:
@@ -187,9 +209,7 @@ def test_merges_that_were_cut_short_are_refused() -> None:
         read_tokenizer(published("stable_diffusion_xl", "tokenizer_2"))
 
 
-@pytest.mark.parametrize(
-    "text", ["a, ", "a", "!", "\u96ea", "\U0001f98a", "1 ", "e\u0301", "(a:1.1)", "\x00", " \n", "BREAK "]
-)
+@pytest.mark.parametrize("text", ["a, ", "a", "!", "雪", "🦊", "1 ", "e\u0301", "(a:1.1)", "\x00", " \n", "BREAK "])
 def test_long_prompts_are_quick(text: str) -> None:
     mine = ours(published("stable_diffusion", "tokenizer"), "clip_l")
     prompt = (text * 20_000)[:20_000]
