@@ -37,8 +37,8 @@ BY_HAND = (
     "一只红色的狐狸在雪地里，高清，8K。",
     "雪の中の狐 🦊 — \u00abguillemets\u00bb 가나다",
     "👨\u200d👩\u200d👧\u200d👦 🏳\ufe0f\u200d🌈 👍\U0001f3fd",
-    "\u05e9\u05d5\u05e2\u05dc \u05d0\u05d3\u05d5\u05dd \u0627\u0644\u062b\u0639\u0644\u0628 \u202b\u0645\u062b\u0627\u0644\u202c"
-    " 123",
+    "\u05e9\u05d5\u05e2\u05dc \u05d0\u05d3\u05d5\u05dd \u0627\u0644\u062b\u0639\u0644\u0628 "
+    "\u202b\u0645\u062b\u0627\u0644\u202c 123",
     "İstanbul ı Σίσυφος ΟΔΟΣ straße STRASSE ẞ",
     "a\x00b\x07c\x1bd\x7fe \u200b\u200d\ufeff\u2028\u2029\x85 f�g",
     "&amp; &lt;b&gt; &quot;x&quot; &#39;y&#39; &eacute; &nbsp;",
@@ -86,7 +86,7 @@ WORDS = re.findall(
 def prompts() -> list[str]:
     """500: those above, words in natural mixtures, and words of letters drawn from one script, or from several."""
     rng = random.Random(20)
-    made = list(BY_HAND)
+    made: list[str] = list(BY_HAND)
     while len(made) < 300:
         words = [
             rng.choice(WORDS) if rng.random() < 0.8 else drawn(rng, rng.choice(list(ALPHABETS)))

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from calotype.checkpoint.embeddings import embedding_keys
 from calotype.checkpoint.files import Shape
 from calotype.checkpoint.layouts import Signature
 
@@ -63,8 +64,11 @@ def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
         return Attachment("ip_adapter", "original", _adapter_family(shapes))
     if "adapter" in first and any(key.startswith("adapter.body.") for key in shapes):
         return Attachment("t2i_adapter", "diffusers", None)
-    if first and first <= {"emb_params", "clip_l", "clip_g", "string_to_param"}:
-        return Attachment("embedding", "textual inversion", "sdxl" if "clip_g" in first else None)
+    vectors = embedding_keys(shapes)
+    if vectors is not None:
+        # Vectors for CLIP ViT-L may be meant for any family that has it.
+        family = "sdxl" if 1280 in vectors else "sd2" if 1024 in vectors else None
+        return Attachment("embedding", "textual inversion", family)
     if "vision_model" in first and not any("text_model" in name or "embeddings" in name for name in first):
         return Attachment("image_encoder", "transformers", None)
     return None
