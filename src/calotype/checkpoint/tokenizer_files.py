@@ -73,7 +73,8 @@ def clip_tokenizer(vocab: Path, merges: Path) -> Tokenizer:
         ]
     )
     declared = _declared(vocab.parent)
-    tokenizer.add_special_tokens([token for token, number in declared.values() if number is not None])
+    numbered = {number: token for token, number in declared.values() if number is not None}
+    tokenizer.add_special_tokens([numbered[number] for number in sorted(numbered)])  # new ones get ids in this order
     for content, (token, number) in declared.items():
         if number is None and content in ids:
             tokenizer.add_special_tokens([token])
