@@ -106,7 +106,7 @@ def _merges(file: Path, vocabulary: int) -> list[tuple[str, str]]:
         raise DamagedFile(
             f"{file}: cut short: {len(pairs):,} merges, but this vocabulary takes {wanted:,}; fetch it again"
         )
-    return pairs[:wanted]
+    return pairs
 
 
 def _declared(folder: Path) -> dict[str, tuple[AddedToken, int | None]]:
@@ -120,7 +120,7 @@ def _declared(folder: Path) -> dict[str, tuple[AddedToken, int | None]]:
     found: dict[str, tuple[AddedToken, int | None]] = {}
     if isinstance(listed, dict):
         entries: dict[str, Any] = listed  # pyright: ignore[reportUnknownVariableType]
-        if not all(number.isdecimal() for number in entries):
+        if not all(number.isdecimal() and len(number) < 10 for number in entries):
             raise DamagedFile(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be listed by number")
         for number in sorted(entries, key=int):
             token = _special(entries[number])

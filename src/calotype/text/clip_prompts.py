@@ -67,11 +67,11 @@ def chunks(
     parts = parse(prompt)
     for number, part in enumerate(parts):
         units = [unit for span in part for unit in _units(span, tokenizer, known)]
-        if not units and number == len(parts) - 1 and made:
-            break  # nothing after the last BREAK
+        if not units and number == len(parts) - 1:
+            break  # nothing after the last BREAK, or no prompt at all
         for piece in _cut(units, length - 2, tokenizer.comma):
             made.append(_chunk(piece, tokenizer, length))
-    while len(made) < at_least:
+    while len(made) < max(at_least, 1):
         made.append(_chunk([], tokenizer, length))
     return tuple(made)
 

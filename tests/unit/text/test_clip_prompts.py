@@ -213,6 +213,12 @@ def test_vectors_are_not_divided_between_chunks() -> None:
     assert (len(ids), names) == (75, ["snowy@72"])
 
 
+def test_vectors_that_do_not_fit_move_alone() -> None:
+    """Only a full chunk is cut at its comma, as in A1111."""
+    made = placed("fox " * 60 + ", " + "fox " * 12 + "snowy", {"snowy": vectors(4)})
+    assert [len(ids) for ids, _ in made] == [73, 4]
+
+
 def test_vectors_move_with_their_phrase() -> None:
     made = placed("fox " * 60 + ", snowy " + "cat " * 20, {"snowy": vectors(4)})
     assert [len(ids) for ids, _ in made] == [61, 24]
@@ -313,11 +319,14 @@ def test_the_empty_prompt_is_encoded_only_where_a_weight_asks_for_it(spy: Spy) -
 
 
 def test_very_many_chunks_are_encoded_in_several_passes(spy: Spy) -> None:
-    prompt = " BREAK ".join(["a fox", "red", "snow", "(cat:1.3)"] * 5)
-    made = encode(prompt, spy, TOKENIZER, last)
+    parts = ["a fox", "beast", "red", "(cat:1.3)", "snow"] * 4
+    known = {"beast": spy.tokens.weight[ids_of("a cat")]}
+    made = encode(" BREAK ".join(parts), spy, TOKENIZER, last, embeddings=known)
     assert spy.rows == [ROWS, 5]
     assert made.text.shape == (1, 20 * 12, 16)
-    torch.testing.assert_close(made.text[:, 16 * 12 : 17 * 12], spy(TOKENIZER("a fox", 12)).last)
+    torch.testing.assert_close(made.text[:, 15 * 12 : 16 * 12], spy(TOKENIZER("a fox", 12)).last)
+    torch.testing.assert_close(made.text[:, 16 * 12 : 17 * 12], spy(TOKENIZER("a cat", 12)).last)
+    torch.testing.assert_close(made.text[:, 19 * 12 :], spy(TOKENIZER("snow", 12)).last)
     torch.testing.assert_close(made.pooled, spy(TOKENIZER("a fox", 12)).pooled)
 
 

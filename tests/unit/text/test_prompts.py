@@ -69,6 +69,9 @@ EXAMPLES: dict[str, list[list[tuple[str, float]]]] = {
     "BREAK a": [[], [("a", 1)]],
     "a BREAK BREAK b": [[("a", 1)], [], [("b", 1)]],
     "(a BREAK b:1.5) c": [[("a", 1.5)], [("b", 1.5), (" c", 1)]],
+    "a BREAK b (c) BREAK d": [[("a", 1)], [("b ", 1), ("c", 1.1)], [("d", 1)]],
+    "a BREAK (b) c ": [[("a", 1)], [("b", 1.1), (" c ", 1)]],
+    "(" * 300 + "a:0)" + ":100)" * 299: [[("a", 0)]],
     "a,BREAK,b": [[("a,", 1)], [(",b", 1)]],
     "BREAKFAST break outBREAK BREAK_ Break": [[("BREAKFAST break outBREAK BREAK_ Break", 1)]],
     r"a \BREAK b": [[("a BREAK b", 1)]],
@@ -90,6 +93,8 @@ def test_examples(prompt: str) -> None:
 
 def test_brackets_that_undo_each_other_leave_exactly_one() -> None:
     assert parse("a ([b]) [(c)] [[((d))]]") == ((("a b c d", 1.0),),)
+    for depth in range(40):
+        assert parse("(" * depth + "[" * depth + "a" + "]" * depth + ")" * depth) == ((("a", 1.0),),)
 
 
 PIECES = [*"ab ()[]:\\.,-01\n\u96ea", "BREAK", " BREAK ", ":1.3)"]
