@@ -22,6 +22,9 @@ from calotype.text.tokenizers import PromptTokenizer
 
 BACKTRACK = 20  # a full chunk is cut after a comma among its last tokens, so that a phrase is not torn
 ROWS = 16  # chunks in one pass: the states of all layers are kept, and a prompt may be very long
+# A hyphen joins words: the embedding "bad-hands" is not meant where the prompt says bad-hands-5.
+WORD_START = re.compile(r"(?<![\w-])(?:embedding:)?(?=\S)", re.IGNORECASE)
+WORD_GOES_ON = re.compile(r"[\w-]")
 
 
 class Chunk(NamedTuple):
@@ -129,33 +132,38 @@ def _check_width(pieces: tuple[Chunk, ...], width: int) -> None:
 
 
 class _Keywords:
-    """Embeddings by their words in a prompt."""
+    """Embeddings by their words in a prompt. Finding them takes time linear in the prompt, however many there are."""
 
     def __init__(self, embeddings: Mapping[str, Tensor], room: int) -> None:
         self.room = room
-        longest_first = sorted((name for name in embeddings if name), key=len, reverse=True)
-        self.names = longest_first
-        self.vectors = [torch.atleast_2d(embeddings[name]) for name in longest_first]
-        words = "|".join(f"({re.escape(name)})" for name in longest_first)
-        # A hyphen joins words: bad-hands is not meant where the prompt says bad-hands-5.
-        self.pattern = re.compile(rf"(?<![\w-])(?:embedding:)?(?:{words})(?![\w-])", re.IGNORECASE) if words else None
+        self.vectors = {name.casefold(): torch.atleast_2d(vectors) for name, vectors in embeddings.items() if name}
+        self.lengths = sorted({len(name) for name in embeddings if name}, reverse=True)
 
     def split(self, text: str) -> Iterator[str | Tensor]:
         """Text and vectors, in their order."""
         end = 0
-        for match in self.pattern.finditer(text) if self.pattern else ():
-            assert match.lastindex is not None
-            found = self.vectors[match.lastindex - 1]
-            if len(found) > self.room:
+        for match in WORD_START.finditer(text) if self.vectors else ():
+            start = match.start()
+            name, stop = self._name_at(text, match.end()) if start >= end else ("", 0)
+            if not name:
+                continue
+            vectors = self.vectors[name.casefold()]
+            if len(vectors) > self.room:
                 raise RequestError(
-                    "prompt",
-                    self.names[match.lastindex - 1],
-                    f"embeddings of at most {self.room} vectors; this one has {len(found)}",
+                    "prompt", name, f"embeddings of at most {self.room} vectors; this one has {len(vectors)}"
                 )
-            yield text[end : match.start()]
-            yield found
-            end = match.end()
+            yield text[end:start]
+            yield vectors
+            end = stop
         yield text[end:]
+
+    def _name_at(self, text: str, start: int) -> tuple[str, int]:
+        """The longest keyword that begins here and ends as a word does, and where it ends; "" where there is none."""
+        for length in self.lengths:
+            name = text[start : start + length]
+            if name.casefold() in self.vectors and not WORD_GOES_ON.match(text, start + length):
+                return name, start + length
+        return "", 0
 
 
 def _units(span: Span, tokenizer: PromptTokenizer, known: _Keywords) -> Iterator[_Unit]:

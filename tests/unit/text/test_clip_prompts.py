@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
@@ -106,6 +107,7 @@ def test_a_prompt_that_fits_is_not_cut_at_its_commas() -> None:
     assert [len(ids) for ids in cut("fox " * 73 + ", a")] == [75]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["fox", ",", "a", "(red:1.5)", "[b]"]), max_size=200), st.integers(3, 30))
 def test_cutting_loses_nothing(words: list[str], length: int) -> None:
     made = chunks(" ".join(words), TOKENIZER, length=length)
@@ -190,8 +192,21 @@ def test_keywords_may_hold_any_characters() -> None:
     known = {"<cat-toy>": vectors(1, seed=1), "a.b*c": vectors(1, seed=2), "x(1)": vectors(1, seed=3)}
     ((_, names),) = placed(r"<cat-toy> a.b*c x\(1\) aXb*c", known)
     assert names == ["<cat-toy>@1", "a.b*c@2", "x(1)@3"]
-    ((_, names),) = placed("\u017fnow D\u0131g", {"snow": vectors(1), "dig": vectors(2)})  # other letters, case ignored
-    assert len(names) <= 2
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("snowSNOW\u017f\u0131\u0130iI \u00df-,"), max_size=12))
+def test_letters_of_odd_cases_do_not_break_it(text: str) -> None:
+    known = {"snow": vectors(1), "i": vectors(1, seed=1), "\u00df": vectors(1, seed=2)}
+    assert len(placed(text, known)) == 1
+
+
+@pytest.mark.parametrize("pattern", ["a", "!", "a, ", "word1 ", "embedding:", "-", "\u96ea", "<"])
+def test_many_keywords_cost_little(pattern: str) -> None:
+    known = {f"{'word' * (number % 20)}{number}": vectors(1) for number in range(500)}
+    start = time.process_time()
+    chunks((pattern * 20_000)[:20_000], TOKENIZER, embeddings=known)
+    assert time.process_time() - start < 1.5
 
 
 def test_one_vector_may_come_without_rows() -> None:
@@ -300,6 +315,7 @@ def test_a_weight_of_nothing_is_the_empty_prompt(encoder: ClipEncoder) -> None:
     torch.testing.assert_close(made[:, :4], encoder(TOKENIZER("", 12)).last[:, :4])
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.floats(-3, 3), st.floats(-3, 3))
 def test_emphasis_is_linear(first: float, second: float) -> None:
     encoder = tiny.scattered(ClipEncoder(CONFIG), seed=3, spread=0.4)

@@ -4,7 +4,7 @@ import math
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calotype.text.prompts import LIMIT, escape, parse
@@ -101,17 +101,20 @@ PIECES = [*"ab ()[]:\\.,-01\n\u96ea", "BREAK", " BREAK ", ":1.3)"]
 PROMPTS = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
 
 
+@settings(deadline=None)
 @given(st.text() | PROMPTS)
 def test_escaped_text_is_itself(text: str) -> None:
     assert parse(escape(text)) == (((text, 1.0),) if text else (),)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="\\()[]")).filter(lambda text: "BREAK" not in text))
 def test_text_without_syntax_is_itself(text: str) -> None:
     assert parse(text) == (((text, 1.0),) if text else (),)
     assert escape(text) == text
 
 
+@settings(deadline=None)
 @given(st.text() | PROMPTS)
 def test_any_text_is_a_prompt(prompt: str) -> None:
     parts = parse(prompt)
@@ -121,6 +124,7 @@ def test_any_text_is_a_prompt(prompt: str) -> None:
         assert all(one.weight != two.weight for one, two in zip(part, part[1:], strict=False))
 
 
+@settings(deadline=None)
 @given(PROMPTS.filter(bool), st.floats(0.01, 9).map(lambda number: round(number, 3)))
 def test_a_bracket_multiplies_all_within_it(text: str, factor: float) -> None:
     assert parse(f"({escape(text)}:{factor})") == (((text, factor),),)
@@ -129,6 +133,7 @@ def test_a_bracket_multiplies_all_within_it(text: str, factor: float) -> None:
     assert first.weight == pytest.approx(1.1 * factor)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([*"ab()[]()[]", ":1.5)", ":0.5)", "\\(", "\\]"]), max_size=30))
 def test_weights_are_those_of_multiplying_ranges(tokens: list[str]) -> None:
     """A1111's way: each bracket that closes, or never does, multiplies all since it opened."""
@@ -188,7 +193,7 @@ def test_long_prompts_take_linear_time(pattern: str, before: str) -> None:
     prompt = before + (pattern * 20_000)[:20_000]
     times: list[float] = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         parse(prompt)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.05  # a quadratic form would take seconds
