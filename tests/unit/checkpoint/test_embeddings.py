@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny_checkpoints as tiny
+import tiny
+import tiny_checkpoints
 import torch
 from torch import Tensor
 
@@ -11,10 +13,13 @@ from calotype.checkpoint.embeddings import embedding_keys, read_embedding
 from calotype.checkpoint.files import Shape, Weights
 from calotype.checkpoint.known import attachment
 from calotype.errors import DamagedFile, LoadError
+from calotype.text.clip import VIT_L, ClipEncoder
+from calotype.text.clip_prompts import encode
+from calotype.text.tokenizers import PromptTokenizer
 
 
 def written(folder: Path, state: dict[str, Tensor]) -> Weights:
-    path = tiny.save(folder / "word.safetensors", state)
+    path = tiny_checkpoints.save(folder / "word.safetensors", state)
     return Weights.of(str(path), [path])
 
 
@@ -99,3 +104,18 @@ def test_what_is_read_does_not_hang_on_the_file(tmp_path: Path) -> None:
     vectors = read_embedding(weights)[768]
     vectors.zero_()
     assert float(weights.mapped("emb_params").sum()) == 768
+
+
+def test_from_a_file_to_states(tmp_path: Path) -> None:
+    """A word's own vectors, through a file, give the word's own states."""
+    encoder = tiny.scattered(ClipEncoder(replace(VIT_L, vocabulary=16, layers=1, mlp_width=32, end=1)), seed=1)
+    assert isinstance(encoder, ClipEncoder)
+    tokenizer = PromptTokenizer(tiny.tokenizer(), start=3, end=1, padding=0)
+    path = tiny_checkpoints.save(tmp_path / "beast.safetensors", {"<x>": encoder.tokens.weight[[5, 7]].clone()})
+    vectors = read_embedding(Weights.of(str(path), [path]))[encoder.config.width]
+    made, wanted = (
+        encode(prompt, encoder, tokenizer, lambda states: states.last, embeddings={path.stem: vectors})
+        for prompt in ("a (beast:1.2) in the snow", "a (red fox:1.2) in the snow")
+    )
+    assert torch.equal(made.text, wanted.text)
+    assert made.text.shape == (1, 77, 768)
