@@ -7,7 +7,8 @@ frees all that it held.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Generator
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Hashable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from calotype.errors import NonFiniteImage
 from calotype.families.model import FamilyModel
-from calotype.image import embed_metadata, to_pil
+from calotype.image import embed_metadata, input_picture, to_pil, to_tensor
 from calotype.memory.residency import resident
 from calotype.request import Job, Request
-from calotype.sampling.guidance import guided, guided_pair
+from calotype.sampling.guidance import guided, guided_both
 from calotype.sampling.samplers import SAMPLERS, Denoise, Sampler, evaluated
 
 C = TypeVar("C")
@@ -52,26 +53,30 @@ Events = Generator[Event, None, None]
 
 
 @torch.inference_mode()
-def stream(model: FamilyModel[C], request: Request, *, batched_guidance: bool = True) -> Events:
+def stream(
+    model: FamilyModel[C], request: Request, *, cache: PromptCache[C] | None = None, batched_guidance: bool = True
+) -> Events:
     """Draw `request.count` pictures, one after another: `steps` of Progress, then a Picture, for each.
 
     Picture k depends on seed + k alone, not on how many are asked for: its noise comes from a generator of its own,
-    on the CPU in float32, and it is computed by itself. `batched_guidance` runs both sides of classifier-free
-    guidance as one batch instead of two passes.
+    on the CPU in float32, and it is computed by itself. `cache` remembers what prompts became. `batched_guidance` runs
+    both sides of classifier-free guidance in one pass instead of two.
 
     Raises RequestError before any work, NonFiniteImage instead of a black picture.
     """
-    job = request.complete(model.defaults, seed=secrets.randbelow(2**32))
+    picture = None if request.input_image is None else input_picture(request.input_image)
+    job = request.complete(model.defaults, seed=secrets.randbelow(2**32), picture=picture)
     sampler = SAMPLERS[job.sampler]
     levels = model.levels(job)
-    with resident(*model.encoders, device=model.device):
-        positive = model.condition(job.prompt, job)
-        negative = model.condition(job.negative_prompt, job) if job.cfg_scale != 1 else None
+    prompts = [job.prompt] if job.cfg_scale == 1 else [job.prompt, job.negative_prompt]
+    positive, *negative = _conditioned(model, prompts, job, PromptCache() if cache is None else cache)
+    begun = _encoded(model, job)
     with resident(model.backbone, device=model.device):
         denoise = _denoiser(model, job, sampler, positive, negative, batched_guidance)
         for k in range(job.count):
             noise = _noise(job.seed + k, (1, *model.noise_shape(job)), model.device)
-            x = model.start(job, levels, noise)
+            first = levels.path[0]
+            x = model.start(job, levels, noise) if begun is None else first.alpha * begun + first.sigma * noise()
             for step in sampler(denoise, x, levels, noise):
                 x = step.x
                 yield Progress(
@@ -86,19 +91,61 @@ def stream(model: FamilyModel[C], request: Request, *, batched_guidance: bool = 
             yield _picture(model, decoded, job, k)
 
 
+class PromptCache(Generic[C]):
+    """What prompts became, by content: the same words under the same settings are not encoded again.
+
+    Holds the `room` entries used last.
+    """
+
+    def __init__(self, room: int = 32) -> None:
+        self.room = room
+        self._held: OrderedDict[Hashable, C] = OrderedDict()
+
+    def get(self, key: Hashable) -> C | None:
+        if key in self._held:
+            self._held.move_to_end(key)
+        return self._held.get(key)
+
+    def put(self, key: Hashable, value: C) -> None:
+        self._held[key] = value
+        while len(self._held) > self.room:
+            self._held.popitem(last=False)
+
+
+def _conditioned(model: FamilyModel[C], prompts: Sequence[str], job: Job, cache: PromptCache[C]) -> list[C]:
+    """What each prompt becomes; the encoders are needed for those alone that are not remembered."""
+    keys = [(prompt, number > 0, model.conditioned_by(job)) for number, prompt in enumerate(prompts)]
+    known = {key: cache.get(key) for key in keys}
+    if None in known.values():
+        with resident(*model.encoders, device=model.device):
+            for key, value in known.items():
+                if value is None:
+                    known[key] = value = model.condition(key[0], job, negative=key[1])
+                    cache.put(key, value)
+    return [value for key in keys if (value := known[key]) is not None]
+
+
+def _encoded(model: FamilyModel[C], job: Job) -> Tensor | None:
+    """The input image's clean latents; None where there is none."""
+    if job.input_image is None:
+        return None
+    with resident(model.vae, device=model.device):
+        return model.encode(to_tensor(job.input_image)[None].to(model.device))
+
+
 def _denoiser(
-    model: FamilyModel[C], job: Job, sampler: Sampler, positive: C, negative: C | None, batched: bool
+    model: FamilyModel[C], job: Job, sampler: Sampler, positive: C, negative: Sequence[C], batched: bool
 ) -> Denoise:
     """The job's Denoise: the family's own, under classifier-free guidance where the job asks for it."""
     asked = evaluated(sampler, model.levels(job))
-    if negative is None:
+    if not negative:
         return model.denoiser(positive, asked, job)
     if batched:
-        pair = model.denoiser(model.pair(positive, negative), asked, job)
-        return guided_pair(pair, job.cfg_scale, job.cfg_rescale, model.prediction)
+        both = model.both(positive, negative[0], asked, job)
+        return guided_both(both, job.cfg_scale, job.cfg_rescale, model.prediction)
     return guided(
         model.denoiser(positive, asked, job),
-        model.denoiser(negative, asked, job),
+        model.denoiser(negative[0], asked, job),
         job.cfg_scale,
         job.cfg_rescale,
         model.prediction,
@@ -132,6 +179,7 @@ class Model(Generic[C]):
 
     def __init__(self, family: FamilyModel[C]) -> None:
         self.family = family
+        self.prompts = PromptCache[C]()
 
     @property
     def name(self) -> str:
@@ -140,7 +188,7 @@ class Model(Generic[C]):
 
     def stream(self, request: Request) -> Events:
         """Progress and pictures as they come; close the iterator to stop early."""
-        return stream(self.family, request)
+        return stream(self.family, request, cache=self.prompts)
 
     def generate(self, prompt: str | Request, **fields: object) -> Image.Image | list[Image.Image]:
         """Draw a prompt: one picture, or a list when `count` is more than 1.

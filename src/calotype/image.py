@@ -8,15 +8,14 @@ import secrets
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from calotype.errors import MetadataError, OutputError, RequestError
-from calotype.request import Job, Request
+from calotype.request import FINGERPRINT, Job, Request
 from calotype.version import VERSION
 
 if TYPE_CHECKING:
@@ -70,6 +69,21 @@ def open_picture(path: str | Path) -> Image.Image:
     return picture
 
 
+def input_picture(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
+    """A picture to start from: opened if it is a path, turned as its camera was held, on white where it is clear.
+
+    Raises RequestError naming what cannot be read.
+    """
+    if isinstance(given, str) and given.startswith(FINGERPRINT):
+        raise RequestError("input_image", given, "the picture itself: this is only the mark by which it is known")
+    picture = given if isinstance(given, Image.Image) else open_picture(Path(given))
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
 def _unreadable(path: str | Path, why: str) -> RequestError:
     return RequestError("picture", str(path), f"a PNG, JPEG or WebP file of at most {MOST_PIXELS:,} pixels; {why}")
 
@@ -78,7 +92,7 @@ def embed_metadata(picture: Image.Image, job: Job, *, model: str, source: str) -
     """Note in `picture.info` what made it, as `save` writes it: an A1111 `parameters` text and a `calotype` JSON."""
     picture.info[A1111_KEY] = a1111_parameters(job, model)
     picture.info[KEY] = json.dumps(
-        {"version": VERSION, "model": model, "source": source, "job": asdict(job)}, ensure_ascii=False
+        {"version": VERSION, "model": model, "source": source, "job": job.to_dict()}, ensure_ascii=False
     )
 
 
@@ -92,6 +106,8 @@ def a1111_parameters(job: Job, model: str) -> str:
         "Distilled CFG Scale": None if job.embedded_guidance is None else f"{job.embedded_guidance:g}",
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",
+        "Denoising strength": None if job.denoising_strength is None else f"{job.denoising_strength:g}",
+        "Clip skip": job.clip_skip,
         "Model": model,
         "Version": f"Calotype {VERSION}",
     }

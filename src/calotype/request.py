@@ -6,10 +6,17 @@ family's `Defaults` and returns a `Job`, in which every value is settled. Both c
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+import hashlib
+import os
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from calotype.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    PictureSource = str | os.PathLike[str] | Image.Image
 
 MAX_PROMPT = 20_000
 MAX_SIDE = 16_384
@@ -29,6 +36,11 @@ class Size:
         """The closest size whose sides are multiples of `grain` (at least one grain each)."""
         width, height = (max(grain, int(side / grain + 0.5) * grain) for side in (self.width, self.height))
         return Size(width, height)
+
+    def of_area(self, pixels: int, grain: int) -> Size:
+        """A size of about these proportions and so many pixels, its sides multiples of `grain`."""
+        factor = (pixels / (self.width * self.height)) ** 0.5
+        return Size(round(self.width * factor), round(self.height * factor)).nearest(grain)
 
     def tokens(self, grain: int) -> int:
         """How many square tokens of `grain` pixels a side cover the picture."""
@@ -65,7 +77,8 @@ class Defaults:
     """What a family does where a request is silent.
 
     `grain` is the number of pixels that both sides must be a multiple of; `samplers` and `schedules` are the names
-    that the family's process allows.
+    that the family's process allows; `text_tokens` and `clip_skip` are None where a request cannot choose them; `sizes`
+    says whether the network is told sizes and a crop; `denoising_strength` is for requests with an input image.
     """
 
     width: int
@@ -77,17 +90,21 @@ class Defaults:
     sampler: str
     schedule: str
     shift: float | None
-    text_tokens: int
+    text_tokens: int | None
     samplers: tuple[str, ...]
     schedules: tuple[str, ...]
+    clip_skip: int | None = None
+    sizes: bool = False
+    denoising_strength: float = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A request with every gap filled: what one run of the engine needs to know.
 
-    `embedded_guidance` stays None for a model without that input; `shift` stays None where the schedule derives it
-    from the size (FLUX.1 dev) or has none.
+    What a model has no use for stays None: `embedded_guidance`, `shift` (also where the schedule derives it from the
+    size, as FLUX.1 dev does), `text_tokens`, `clip_skip`, the sizes that SDXL is told. `input_image` is an RGB picture
+    of the job's own size.
     """
 
     prompt: str
@@ -103,11 +120,24 @@ class Job:
     sampler: str
     schedule: str
     shift: float | None
-    text_tokens: int
+    text_tokens: int | None
+    clip_skip: int | None = None
+    input_image: Image.Image | None = None
+    denoising_strength: float | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    crop_left: int | None = None
+    crop_top: int | None = None
+    target_width: int | None = None
+    target_height: int | None = None
 
     @property
     def size(self) -> Size:
         return Size(self.width, self.height)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for metadata; a picture is named by its fingerprint."""
+        return _plain(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +155,15 @@ class Request:
     count              how many pictures
     sampler, schedule  names, as `calotype models` lists them
     shift              how far a flow schedule leans to the noisy side; None follows the family
-    text_tokens        length of the T5 sequence
+    text_tokens        length of the sequence that T5 or ChatGLM reads
+    clip_skip          which of CLIP's layers is taken, from the end: 1 the last, 2 the one before it
+    input_image        a picture to start from (a PIL image, or the path of one), resized to the request's size; where
+                       that is not given either, a size of the picture's proportions and the family's usual area
+    denoising_strength 0..1, exclusive of 0: how far the input image is taken back to noise. All `steps` are taken over
+                       that part of the way
+    original_width, original_height, crop_left, crop_top, target_width, target_height
+                       what SDXL is told of the picture: the size before it was scaled, where it was cut, the size
+                       aimed at (Podell et al. 2023); None follows width and height, uncropped
     """
 
     prompt: str
@@ -142,6 +180,15 @@ class Request:
     schedule: str | None = None
     shift: float | None = None
     text_tokens: int | None = None
+    clip_skip: int | None = None
+    input_image: PictureSource | None = None
+    denoising_strength: float | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    crop_left: int | None = None
+    crop_top: int | None = None
+    target_width: int | None = None
+    target_height: int | None = None
 
     def __post_init__(self) -> None:
         _text("prompt", self.prompt)
@@ -154,6 +201,13 @@ class Request:
             ("steps", 1, MAX_STEPS),
             ("seed", 0, MAX_SEED),
             ("text_tokens", 1, 4096),
+            ("clip_skip", 1, 32),
+            ("original_width", 1, MAX_SIDE),
+            ("original_height", 1, MAX_SIDE),
+            ("crop_left", 0, MAX_SIDE),
+            ("crop_top", 0, MAX_SIDE),
+            ("target_width", 1, MAX_SIDE),
+            ("target_height", 1, MAX_SIDE),
         ):
             value = getattr(self, field)
             if value is not None:
@@ -166,6 +220,16 @@ class Request:
             value = getattr(self, field)
             if value is not None:
                 _real(field, value, low, high)
+        if self.input_image is not None and not (
+            isinstance(self.input_image, (str, os.PathLike)) or hasattr(self.input_image, "tobytes")
+        ):
+            raise RequestError("input_image", self.input_image, "a PIL image, or the path of a picture")
+        if self.denoising_strength is not None:
+            _real("denoising_strength", self.denoising_strength, 0, 1)
+            if self.denoising_strength == 0:
+                raise RequestError("denoising_strength", 0, "more than 0: nothing of the picture would change")
+            if self.input_image is None:
+                raise RequestError("denoising_strength", self.denoising_strength, "None without an input_image")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Request:
@@ -179,17 +243,21 @@ class Request:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, without the fields left to the family."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Plain values, without the fields left to the family; a picture is named by its path or its fingerprint."""
+        return {name: value for name, value in _plain(self).items() if value is not None}
 
-    def complete(self, defaults: Defaults, seed: int) -> Job:
+    def complete(self, defaults: Defaults, seed: int, picture: Image.Image | None = None) -> Job:
         """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
 
-        Raises RequestError for sizes off the grid, samplers or schedules that the family's process does not have, and
-        an embedded guidance for a model without that input.
+        `picture` is the input image, opened. Raises RequestError for sizes off the grid, samplers or schedules that the
+        family's process does not have, and values for what the model has no use for.
         """
-        width = defaults.width if self.width is None else self.width
-        height = defaults.height if self.height is None else self.height
+        assert (picture is None) == (self.input_image is None)
+        usual = Size(defaults.width, defaults.height)
+        if picture is not None and self.width is None and self.height is None:
+            usual = Size(*picture.size).of_area(usual.width * usual.height, defaults.grain)
+        width = usual.width if self.width is None else self.width
+        height = usual.height if self.height is None else self.height
         nearest = Size(width, height).nearest(defaults.grain)
         for field, value, near in (("width", width, nearest.width), ("height", height, nearest.height)):
             if value != near:
@@ -206,6 +274,20 @@ class Request:
                 self.embedded_guidance,
                 "None: this model has no guidance input; use cfg_scale",
             )
+        for field in ("text_tokens", "clip_skip"):
+            if getattr(self, field) is not None and getattr(defaults, field) is None:
+                raise RequestError(field, getattr(self, field), "None: this model leaves no choice there")
+        told = {name: getattr(self, name) for name in SIZES}
+        if defaults.sizes:
+            usually = (width, height, 0, 0, width, height)
+            told = {name: told[name] if told[name] is not None else u for name, u in zip(SIZES, usually, strict=True)}
+        for field, value in told.items():
+            if value is not None and not defaults.sizes:
+                raise RequestError(field, value, "None: this model is not told sizes")
+        strength = None
+        if picture is not None:
+            picture = picture.resize((width, height), _LANCZOS) if picture.size != (width, height) else picture
+            strength = self.denoising_strength or defaults.denoising_strength
         return Job(
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
@@ -223,4 +305,28 @@ class Request:
             schedule=schedule,
             shift=defaults.shift if self.shift is None else float(self.shift),
             text_tokens=defaults.text_tokens if self.text_tokens is None else self.text_tokens,
+            clip_skip=defaults.clip_skip if self.clip_skip is None else self.clip_skip,
+            input_image=picture,
+            denoising_strength=None if strength is None else float(strength),
+            **told,
         )
+
+
+SIZES = ("original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height")
+_LANCZOS = 1  # PIL.Image.Resampling.LANCZOS, without importing it
+
+
+def _plain(values: Request | Job) -> dict[str, Any]:
+    """The fields as plain values; a picture by its path, or by the hash of what it shows."""
+    out = {field.name: getattr(values, field.name) for field in fields(values)}
+    picture = out["input_image"]
+    if isinstance(picture, os.PathLike):
+        out["input_image"] = os.fspath(picture)
+    elif picture is not None and not isinstance(picture, str):
+        shown = picture.convert("RGB")
+        content = f"{shown.width}x{shown.height} ".encode() + shown.tobytes()
+        out["input_image"] = f"{FINGERPRINT}{hashlib.sha256(content).hexdigest()}"
+    return out
+
+
+FINGERPRINT = "sha256:"  # before the hash of a picture that is known by it alone

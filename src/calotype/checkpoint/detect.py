@@ -8,7 +8,7 @@ from typing import Any
 
 from calotype.checkpoint.files import Entry, Weights
 from calotype.checkpoint.known import Attachment, Known, attachment, quantised
-from calotype.checkpoint.layouts import Found, Part, Settings
+from calotype.checkpoint.layouts import Found, Part, Settings, Signature
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,13 @@ def detect(weights: Weights, parts: Sequence[Part[Any]], known: Iterable[Known],
     if attached is not None:
         return Detected(weights, attachment=attached, rest=tuple(weights))
 
-    candidates = [
+    candidates: list[tuple[str, str, Signature, Any]] = [
         (part.name, layout.name, layout.signature, (part, layout)) for part in parts for layout in part.layouts
     ]
-    candidates += [(item.part, item.layout, item.signature, item) for item in known]
+    # Strangers first: their evidence has the sizes that tell them from what runs here. Halves of parts last.
+    strangers = [(item.part, item.layout, item.signature, item) for item in known if not item.incomplete]
+    halves = [(item.part, item.layout, item.signature, item) for item in known if item.incomplete]
+    candidates = [*strangers, *candidates, *halves]
     claims: list[tuple[str, Any]] = []
     markers: set[str] = set()
     for _, _, signature, what in candidates:

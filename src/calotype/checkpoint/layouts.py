@@ -80,8 +80,10 @@ class Evidence:
         return count
 
     def number(self, name: str, default: int) -> int:
-        """A whole number from the settings."""
-        value = self.settings.get(name, default)
+        """A whole number from the settings; null says as little as silence."""
+        value = self.settings.get(name)
+        if value is None:
+            return default
         if type(value) is not int:
             raise DamagedFile(f"{self.weights.source}: config.json: {name} = {value!r} is not a whole number")
         return value

@@ -44,6 +44,7 @@ class Source:
     pipeline: str | None = None
     scheduler: Settings | None = None
     card: Settings = field(default_factory=dict[str, Any])
+    index: Settings = field(default_factory=dict[str, Any])  # model_index.json
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def _part_files(folder: Path) -> Iterator[Path]:
 def _pipeline(path: Path, name: str) -> Source:
     """A diffusers folder: the parts that its index names, as far as they are there."""
     index = read_json(path / INDEX)
-    source = Source(name, "diffusers", pipeline=str(index.get("_class_name")))
+    source = Source(name, "diffusers", pipeline=str(index.get("_class_name")), index=index)
     for component, value in index.items():
         named = isinstance(value, list) and len(value) == 2 and value[1] is not None  # pyright: ignore[reportUnknownArgumentType]
         folder = path / component

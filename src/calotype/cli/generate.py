@@ -29,14 +29,16 @@ def _option(panel: str, metavar: str, text: str) -> Any:
     return typer.Option(metavar=metavar, help=text, rich_help_panel=panel, show_default=False)
 
 
-_picture, _sampling, _model, _output = (partial(_option, panel) for panel in ("Picture", "Sampling", "Model", "Output"))
+_picture, _sampling, _told, _model, _output = (
+    partial(_option, panel) for panel in ("Picture", "Sampling", "What SDXL is told of the picture", "Model", "Output")
+)
 
 
 def generate(
     context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)] = None,
     negative_prompt: Annotated[str | None, _picture("TEXT", "What to steer away from; see --cfg-scale.")] = None,
-    width: Annotated[int | None, _picture("PIXELS", "Width: a multiple of 16 for FLUX.1.")] = None,
+    width: Annotated[int | None, _picture("PIXELS", "Width: a multiple of 8, of 16 for FLUX.1.")] = None,
     height: Annotated[int | None, _picture("PIXELS", "Height, likewise.")] = None,
     seed: Annotated[int | None, _picture("N", "Same seed, same picture. Random if not given.")] = None,
     count: Annotated[int | None, _picture("N", "How many pictures: from seed, seed + 1, ... One if not given.")] = None,
@@ -50,7 +52,20 @@ def generate(
     sampler: Annotated[str | None, _sampling("NAME", "One that `calotype models` lists.")] = None,
     schedule: Annotated[str | None, _sampling("NAME", "One that `calotype models` lists.")] = None,
     shift: Annotated[float | None, _sampling("X", "How far the schedule leans to noise.")] = None,
-    text_tokens: Annotated[int | None, _sampling("N", "Length of the T5 sequence.")] = None,
+    text_tokens: Annotated[int | None, _sampling("N", "Length of the T5 or ChatGLM sequence.")] = None,
+    clip_skip: Annotated[int | None, _sampling("N", "CLIP's layer from the end: 1 the last, 2 ...")] = None,
+    input_image: Annotated[
+        Path | None, _picture("FILE", "Start from this picture, resized; see --denoising-strength.")
+    ] = None,
+    denoising_strength: Annotated[
+        float | None, _picture("X", "Above 0 to 1: how far --input-image is taken back to noise.")
+    ] = None,
+    original_width: Annotated[int | None, _told("PIXELS", "Width before the picture was scaled.")] = None,
+    original_height: Annotated[int | None, _told("PIXELS", "Height, likewise.")] = None,
+    crop_left: Annotated[int | None, _told("PIXELS", "Where it was cut, from the left.")] = None,
+    crop_top: Annotated[int | None, _told("PIXELS", "From the top.")] = None,
+    target_width: Annotated[int | None, _told("PIXELS", "The width aimed at.")] = None,
+    target_height: Annotated[int | None, _told("PIXELS", "The height aimed at.")] = None,
     model: Annotated[
         list[str] | None, _model("SOURCE", "File, folder or hub id; repeat it for parts. If not given: the built-in.")
     ] = None,

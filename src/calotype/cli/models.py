@@ -53,15 +53,17 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 def known() -> Iterator[Listed]:
     """The built-in model, what runs, and what is only recognised so far."""
     from calotype.families import COMING as KNOWN
-    from calotype.families.flux import DEV_DEFAULTS, SCHNELL_DEFAULTS
+    from calotype.families import FAMILIES
+    from calotype.families.flux import SCHNELL_DEFAULTS
 
     card = built_in_card()
     if card is not None:
         own = replace(SCHNELL_DEFAULTS, **card.get("defaults", {}))
         variant = f"{card.get('variant', 'builtin')} (built-in)"
         yield Listed(family="flux", variant=variant, status=RUNS, defaults=own)
-    yield Listed(family="flux", variant="dev", status=RUNS, defaults=DEV_DEFAULTS)
-    yield Listed(family="flux", variant="schnell", status=RUNS, defaults=SCHNELL_DEFAULTS)
+    for family in FAMILIES:
+        for variant, defaults in family.variants.items():
+            yield Listed(family=family.name, variant=variant, status=RUNS, defaults=defaults)
     backbones = ((item.family, item.variant) for item in KNOWN if item.family and item.part in ("unet", "transformer"))
     for family, variant in dict.fromkeys(backbones):
         yield Listed(family=family, variant=variant, status=COMING, defaults=None)
@@ -90,5 +92,5 @@ def _row(item: Listed, defaults: Defaults) -> tuple[str, ...]:
         "-" if embedded is None else f"{embedded:g}",
         defaults.sampler,
         defaults.schedule,
-        str(defaults.text_tokens),
+        "-" if defaults.text_tokens is None else str(defaults.text_tokens),
     )

@@ -23,9 +23,7 @@ _DIFFUSERS_TEXT_1 = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.
 _DIFFUSERS_TEXT_2 = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 COMING: tuple[Known, ...] = (
-    _unet("sdxl", "base", "original", ("label_emb.0.0.weight", (1280, 2816)), (_TEXT_2, (None, 2048))),
     _unet("sdxl", "refiner", "original", ("label_emb.0.0.weight", (1536, 2560)), (_TEXT_2, (None, 1280))),
-    _unet("sd1", "1.x", "original", (_TEXT_1, (320, 768)), ("out.2.weight", (4, 320, 3, 3))),
     _unet("sd2", "2.x", "original", (_TEXT_1, (320, 1024)), ("out.2.weight", (4, 320, 3, 3))),
     _unet(
         "kolors",
@@ -34,15 +32,7 @@ COMING: tuple[Known, ...] = (
         ("encoder_hid_proj.weight", (2048, 4096)),
         (_DIFFUSERS_TEXT_2, (None, 2048)),
     ),
-    _unet(
-        "sdxl",
-        "base",
-        "diffusers",
-        ("add_embedding.linear_1.weight", (1280, 2816)),
-        (_DIFFUSERS_TEXT_2, (None, 2048)),
-    ),
     _unet("sdxl", "refiner", "diffusers", ("add_embedding.linear_1.weight", (1536, 2560))),
-    _unet("sd1", "1.x", "diffusers", (_DIFFUSERS_TEXT_1, (320, 768)), ("conv_out.weight", (4, 320, 3, 3))),
     _unet("sd2", "2.x", "diffusers", (_DIFFUSERS_TEXT_1, (320, 1024)), ("conv_out.weight", (4, 320, 3, 3))),
     Known(
         family="sd3",
@@ -135,15 +125,6 @@ COMING: tuple[Known, ...] = (
                 "transformer.embedding.word_embeddings.weight",
                 "transformer.encoder.layers.0.self_attention.query_key_value.weight",
             )
-        ),
-    ),
-    Known(
-        family="sdxl",
-        variant="base",
-        part="clip_g",
-        layout="openclip",
-        signature=Signature(
-            has=("transformer.resblocks.0.attn.in_proj_weight", "token_embedding.weight", "text_projection")
         ),
     ),
     *(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from calotype.checkpoint.layouts import Part, Settings
+from calotype.checkpoint.keys import Extra
+from calotype.checkpoint.layouts import Found, Part, Settings
+from calotype.errors import DamagedFile
 from calotype.families.model import FamilyModel
-from calotype.text.tokenizers import PromptTokenizer
+from calotype.request import Defaults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,8 @@ class Role:
     Several `parts` may play it (a large or a tiny autoencoder). `folder` is its place in a diffusers folder,
     `tokenizer` that of its tokenizer ("" for none), `file` the name of its original file ("" where it has none; `{}` is
     the variant), `settings` are a part's in this family, where a single file says
-    nothing; `where` tells a user who lacks it what to look for.
+    nothing; `where` tells a user who lacks it what to look for. Where one part may play several roles, `fits` says
+    which configurations are for this one. `upcast` keeps it out of float16, which it overflows.
     """
 
     name: str
@@ -31,9 +34,20 @@ class Role:
     tokenizer: str = ""
     file: str = ""
     settings: tuple[tuple[Part[Any], Settings], ...] = ()
+    fits: Callable[[Any], bool] | None = None
+    upcast: bool = False
 
     def settings_of(self, part: Part[Any]) -> Settings:
         return next((settings for owner, settings in self.settings if owner is part), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clues:
+    """What speaks for a variant beside the backbone's configuration."""
+
+    markers: frozenset[str]  # tensors in the backbone's file that belong to no part
+    settings: Settings  # the backbone's own config.json
+    scheduler: Settings | None  # scheduler_config.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +55,26 @@ class Assembly:
     """Everything that a model is put together from."""
 
     networks: Mapping[str, nn.Module]  # by role
-    tokenizers: Mapping[str, PromptTokenizer]  # by role
-    scheduler: Settings | None  # scheduler_config.json
+    tokenizers: Mapping[str, Any]  # by role, of the kind that the role's encoder has
+    embeddings: Mapping[str, Mapping[int, Tensor]]  # textual inversion: by keyword, then by width
+    clues: Clues
+    index: Settings  # model_index.json
     card: Settings  # calotype.json: a folder's own variant and defaults
     source: str
     device: torch.device
 
+    def embeddings_of(self, width: int) -> dict[str, Tensor]:
+        """Textual inversion for an encoder of this width, by keyword."""
+        return {keyword: vectors[width] for keyword, vectors in self.embeddings.items() if width in vectors}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A published file, by a name without spaces."""
+    """A published file, by a name without spaces. `more` are its tensors outside all parts."""
 
     name: str
     parts: tuple[ManifestPart, ...]
+    more: tuple[Extra, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,16 +97,18 @@ class ManifestPart:
 class Family:
     """One family. The first role is the backbone, by which a model is known to be of the family.
 
-    `variant` names a backbone's configuration; `refusal` says why one cannot run; `misfit` says which role's
-    configuration does not go with the others; `harmless` are patterns of keys outside all parts.
+    `variants` are those that people choose between, with their defaults; `variant` names a backbone's configuration;
+    `refusal` says why one cannot run; `misfit` says which role's configuration does not go with the others; `harmless`
+    are patterns of keys outside all parts.
     """
 
     name: str
     title: str
     pipeline: str  # diffusers' class
     roles: tuple[Role, ...]
-    variant: Callable[[Any], str]
-    refusal: Callable[[Any], str | None]
+    variants: Mapping[str, Defaults]
+    variant: Callable[[Any, Clues], str]
+    refusal: Callable[[Any, Clues], str | None]
     misfit: Callable[[Mapping[str, Any]], tuple[str, str] | None]
     scheduler: Callable[[str], dict[str, Any]]
     assemble: Callable[[Assembly], FamilyModel[Any]]
@@ -96,6 +119,40 @@ class Family:
     def backbone(self) -> Role:
         return self.roles[0]
 
-    def role(self, part: Part[Any]) -> Role | None:
-        """The role that a part plays in this family."""
-        return next((role for role in self.roles if part in role.parts), None)
+    def roles_of(self, part: Part[Any]) -> tuple[Role, ...]:
+        """The roles that a part may play in this family."""
+        return tuple(role for role in self.roles if part in role.parts)
+
+    def role(self, found: Found[Any], component: str) -> Role | None:
+        """The role that a part plays: by its place in a pipeline folder, else by what it is like."""
+        roles = self.roles_of(found.part)
+        if len(roles) < 2:
+            return next(iter(roles), None)
+        placed = next((role for role in roles if component and role.folder == component), None)
+        if placed is not None:
+            return placed
+        config = {role.name: found.config(role.settings_of(found.part)) for role in roles}
+        return next((role for role in roles if role.fits is None or role.fits(config[role.name])), None)
+
+
+def whole(name: str, part: Part[Any], layout: str, config: Any, **more: Any) -> Manifest:  # noqa: ANN401
+    """The manifest of a file that holds one part."""
+    return Manifest(name=name, parts=(ManifestPart(part=part, layout=layout, config=config, **more),))
+
+
+WHOLE_NUMBERS = frozenset({"width", "height", "steps", "text_tokens", "clip_skip"})
+
+
+def with_card(family: Defaults, own: Any) -> Defaults:  # noqa: ANN401
+    """A family's defaults under those of a folder's calotype.json."""
+    known = {field.name for field in fields(family)} - {"grain", "samplers", "schedules", "sizes"}
+    if not isinstance(own, dict):
+        raise DamagedFile("calotype.json: defaults must be an object")
+    unknown = sorted(set(own) - known)  # pyright: ignore[reportUnknownArgumentType]
+    if unknown:
+        raise DamagedFile(f"calotype.json: defaults has {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    for name, value in own.items():  # pyright: ignore[reportUnknownVariableType]
+        wanted = (str,) if name in ("sampler", "schedule") else (int,) if name in WHOLE_NUMBERS else (int, float)
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            raise DamagedFile(f"calotype.json: {name} = {value!r} is not of the right kind")
+    return replace(family, **own)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from calotype.request import Defaults, Job
-from calotype.sampling.guidance import Prediction
+from calotype.sampling.guidance import Both, Prediction
 from calotype.sampling.levels import Level, Levels
 from calotype.sampling.samplers import Denoise, Noise
 
@@ -31,24 +31,24 @@ class FamilyModel(ABC, Generic[C]):
     vae: nn.Module
 
     @abstractmethod
-    def condition(self, prompt: str, job: Job) -> C:
-        """What the backbone takes from a prompt, for one picture."""
+    def condition(self, prompt: str, job: Job, *, negative: bool) -> C:
+        """What the backbone takes from a prompt, for one picture; `negative` where it is one to steer away from."""
 
     @abstractmethod
-    def pair(self, positive: C, negative: C) -> C:
-        """Both as one batch, for guidance in a single pass."""
+    def conditioned_by(self, job: Job) -> Hashable:
+        """All of a job that `condition` depends on beside the prompt: equal values, equal conditioning."""
 
     @abstractmethod
     def levels(self, job: Job) -> Levels:
-        """The noise levels that the job's schedule visits."""
-
-    @abstractmethod
-    def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
-        """The latents that sampling begins with, float32."""
+        """The noise levels that the job's schedule visits, from its denoising strength on."""
 
     @abstractmethod
     def noise_shape(self, job: Job) -> tuple[int, ...]:
         """The shape of one picture's latents, without the batch."""
+
+    @abstractmethod
+    def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
+        """The latents that sampling begins with where there is no input image, float32."""
 
     @abstractmethod
     def denoiser(self, conditioning: C, levels: Sequence[Level], job: Job) -> Denoise:
@@ -56,6 +56,14 @@ class FamilyModel(ABC, Generic[C]):
 
         `levels` are all those that will be asked for.
         """
+
+    @abstractmethod
+    def both(self, positive: C, negative: C, levels: Sequence[Level], job: Job) -> Both:
+        """As `denoiser`, for both sides of classifier-free guidance in one pass through the network."""
+
+    @abstractmethod
+    def encode(self, picture: Tensor) -> Tensor:
+        """Pictures b 3 h w in 0..1 -> clean latents, float32."""
 
     @abstractmethod
     def decode(self, latent: Tensor) -> Tensor:

@@ -11,10 +11,12 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from calotype.checkpoint.embeddings import read_embedding
 from calotype.checkpoint.files import Weights
 from calotype.errors import (
+    LoadError,
     MissingPart,
     NotAModel,
     RequestError,
@@ -57,11 +59,11 @@ def load(
     if memory not in MEMORY:
         raise RequestError("memory", memory, "one of " + ", ".join(MEMORY))
     opened = gather(sources)
-    card = next((source.card for source in opened.sources if source.card), {})
-    wanted = _dtype(card.get("dtype") if dtype is None else dtype)
+    wanted = _dtype(opened.card.get("dtype") if dtype is None else dtype)
     family, chosen = _recognised(opened)
     configs = {role: part.config for role, part in chosen.items()}
-    refusal = family.refusal(configs[family.backbone.name])
+    clues = opened.clues(chosen[family.backbone.name].found)
+    refusal = family.refusal(configs[family.backbone.name], clues)
     if refusal is not None:
         raise UnsupportedModel(f"{opened.name}: {refusal}")
     for role in family.roles:
@@ -78,13 +80,14 @@ def load(
     if target.type != "cpu" and (memory == "resident" or _fits(list(networks.values()), target)):
         for network in networks.values():
             network.to(target)
-    scheduler = next((source.scheduler for source in opened.sources if source.scheduler is not None), None)
     model = family.assemble(
         Assembly(
             networks=networks,
             tokenizers=tokenizers,
-            scheduler=scheduler,
-            card=card,
+            embeddings=_embeddings(opened),
+            clues=clues,
+            index=next((source.index for source in opened.sources if source.index), {}),
+            card=opened.card,
             source=opened.name,
             device=target,
         )
@@ -94,11 +97,12 @@ def load(
 
 def _recognised(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
     """The family whose backbone is among the sources, and its parts."""
-    for item in opened.items:
+    items = [item for item in opened.items if not _is_embedding(item)]
+    for item in items:
         _refuse_what_is_no_part(item)
     parts = {id(found.part) for item in opened.items for found in item.detected.found}
     families = [family for family in FAMILIES if any(id(part) in parts for part in family.backbone.parts)]
-    strangers = [item for item in opened.items if item.detected.recognised]
+    strangers = [item for item in items if item.detected.recognised]
     for item in strangers:
         known = item.detected.recognised[0].known
         name = f"{item.group.weights.source}: {known.title}"
@@ -144,9 +148,29 @@ def _network(part: Chosen, config: Any, dtype: torch.dtype | None, memory: str) 
     """The part's network with its weights, in one dtype throughout."""
     found = part.found
     network, binding = found.bind(config)
-    state = binding.load(found.weights, dtype or stored_dtype(found.weights), mapped=memory == "auto")
+    dtype = dtype or stored_dtype(found.weights)
+    if dtype == torch.float16 and part.role.upcast and found.settings.get("force_upcast", True):
+        dtype = torch.float32
+    state = binding.load(found.weights, dtype, mapped=memory == "auto")
     network.load_state_dict(state, assign=True)
     return network.requires_grad_(False).eval()
+
+
+def _is_embedding(item: Item) -> bool:
+    return item.detected.attachment is not None and item.detected.attachment.kind == "embedding"
+
+
+def _embeddings(opened: Opened) -> dict[str, dict[int, Tensor]]:
+    """Textual inversion among the sources: vectors by keyword, the file's name without its ending, and by width."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for item in opened.items:
+        if not _is_embedding(item):
+            continue
+        keyword = item.group.weights.files[0].stem
+        if keyword.lower() in (name.lower() for name in found):
+            raise LoadError(f"two embeddings are called {keyword!r}; rename one of the files")
+        found[keyword] = read_embedding(item.group.weights)
+    return found
 
 
 def stored_dtype(weights: Weights) -> torch.dtype:

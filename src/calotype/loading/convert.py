@@ -44,7 +44,8 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], layout:
     as_file = target.suffix == ".safetensors"
     if as_file and (layout == "diffusers" or not single):
         raise RequestError("out", str(out), "a folder: several files are written")
-    variant = family.variant(parts[family.backbone.name].config) if family.backbone.name in parts else ""
+    backbone = parts.get(family.backbone.name)
+    variant = family.variant(backbone.config, opened.clues(backbone.found)) if backbone is not None else ""
     written: list[Path] = []
     for role, part in parts.items():
         if layout == "diffusers":
@@ -148,15 +149,14 @@ def _beside(
         for file in sorted(file for file in folder.iterdir() if file.is_file()):
             (out / folder.name).mkdir(parents=True, exist_ok=True)
             written.append(Path(shutil.copyfile(file, out / folder.name / file.name)))
-    given = next((source.scheduler for source in opened.sources if source.scheduler is not None), None)
+    given = opened.scheduler
     scheduler = given if given is not None or layout == "original" else family.scheduler(variant)
     if scheduler is not None:
         written.append(out / "scheduler" / SCHEDULER)
         _write_json(written[-1], scheduler)
-    card = next((source.card for source in opened.sources if source.card), None)
-    if card is not None:
+    if opened.card:
         written.append(out / CARD)
-        _write_json(written[-1], card)
+        _write_json(written[-1], opened.card)
     if layout == "diffusers":
         written.append(out / INDEX)
         _write_json(written[-1], _index(family, parts, out, scheduler or {}))

@@ -100,24 +100,30 @@ def _of_family(opened: Opened, parts: tuple[PartDescription, ...]) -> Descriptio
         if backbone is None:
             continue
         config = backbone.config(family.backbone.settings_of(backbone.part))
-        refusal = family.refusal(config)
+        clues = opened.clues(backbone)
+        refusal = family.refusal(config, clues)
         if quantised is not None:
             refusal = f"weights quantised by {quantised} are not supported yet"
-        present = {role.name for piece in found if (role := family.role(piece.part)) is not None}
+        present = {
+            role.name
+            for item in opened.items
+            for piece in item.detected.found
+            if (role := family.role(piece, item.group.component)) is not None
+        }
         lacking = [role.name for role in family.roles if role.name not in present]
         note = refusal or (f"to run, it needs also: {', '.join(lacking)}" if lacking else "complete")
         return _described(
             opened.name,
             "part" if lacking and len(present) == 1 else "model",
             family=family.name,
-            variant=next((s.card["variant"] for s in opened.sources if "variant" in s.card), family.variant(config)),
+            variant=opened.card.get("variant") or family.variant(config, clues),
             layout=_layout(opened, backbone.layout.name),
             supported=refusal is None,
             note=note,
             parts=parts,
         )
     names = ", ".join(dict.fromkeys(piece.part.name for piece in found))
-    takers = [family.name for family in FAMILIES if any(family.role(piece.part) for piece in found)]
+    takers = [family.name for family in FAMILIES if any(family.roles_of(piece.part) for piece in found)]
     return _described(
         opened.name,
         "part",

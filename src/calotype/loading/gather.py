@@ -12,11 +12,11 @@ from typing import Any
 from calotype.checkpoint.detect import Detected, detect, side
 from calotype.checkpoint.files import Weights
 from calotype.checkpoint.hub import fetch_model, looks_like_hub_id
-from calotype.checkpoint.layouts import Found, Part
+from calotype.checkpoint.layouts import Found, Part, Settings
 from calotype.checkpoint.sources import Group, Source, open_source
 from calotype.errors import LoadError, SourceNotFound, UnexpectedKeys
 from calotype.families import COMING, FAMILIES
-from calotype.families.family import Family, Role
+from calotype.families.family import Clues, Family, Role
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 PARTS: tuple[Part[Any], ...] = tuple(
@@ -45,6 +45,19 @@ class Opened:
     @property
     def name(self) -> str:
         return ", ".join(source.name for source in self.sources)
+
+    @property
+    def scheduler(self) -> Settings | None:
+        return next((source.scheduler for source in self.sources if source.scheduler is not None), None)
+
+    @property
+    def card(self) -> Settings:
+        return next((source.card for source in self.sources if source.card), {})
+
+    def clues(self, backbone: Found[Any]) -> Clues:
+        """What speaks for a variant beside this backbone's configuration."""
+        rest = next((item.detected.rest for item in self.items if backbone in item.detected.found), ())
+        return Clues(markers=frozenset(rest), settings=backbone.settings, scheduler=self.scheduler)
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -106,7 +119,7 @@ def choose(family: Family, opened: Opened) -> dict[str, Chosen]:
         if item.detected.found and rest:
             raise UnexpectedKeys(item.group.weights.source, family.name, rest)
         for found in item.detected.found:
-            role = family.role(found.part)
+            role = family.role(found, item.group.component)
             if role is None:
                 continue
             if role.name in chosen:

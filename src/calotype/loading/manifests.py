@@ -27,4 +27,5 @@ def manifest(name: str) -> list[tuple[str, Shape]]:
         for key, shape in binding.manifest(item.extras):
             if key.startswith(item.only):
                 listed.append((item.prefix + key[len(item.only) :], shape))
+    listed += [(extra.theirs, extra.shape) for extra in _ALL[name].more if extra.shape is not None]
     return sorted(listed)

@@ -30,11 +30,12 @@ PUBLISHED = {
 def tokenizer_for(part: Chosen, config: Any, opened: Opened) -> PromptTokenizer:  # noqa: ANN401
     """The tokenizer of an encoder; MissingPart where there is none to be had, LoadError where it does not fit."""
     role, vocabulary = part.role.name, config.vocabulary
+    wanted = "clip" if role.startswith("clip") else role
     for folder, named in _places(part, opened):
         tokenizer = read_tokenizer(folder)
-        if tokenizer is not None and (named or kind(tokenizer) == role):
-            return prompt_tokenizer(tokenizer, folder, role, vocabulary, part.found.settings)
-    published = PUBLISHED.get(role)
+        if tokenizer is not None and (named or kind(tokenizer) == wanted):
+            return prompt_tokenizer(tokenizer, folder, role, vocabulary, part.found.settings, shared=not named)
+    published = PUBLISHED.get(wanted)
     if published is None or published.vocabulary != vocabulary:
         raise MissingPart(
             f"{part.found.weights.source}: no tokenizer for this encoder of {vocabulary} tokens; give also the "
@@ -51,7 +52,7 @@ def tokenizer_for(part: Chosen, config: Any, opened: Opened) -> PromptTokenizer:
         ) from error
     tokenizer = read_tokenizer(folder)
     assert tokenizer is not None
-    return prompt_tokenizer(tokenizer, folder, role, vocabulary, part.found.settings)
+    return prompt_tokenizer(tokenizer, folder, role, vocabulary, part.found.settings, shared=True)
 
 
 def _places(part: Chosen, opened: Opened) -> Iterator[tuple[Path, bool]]:

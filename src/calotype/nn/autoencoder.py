@@ -32,6 +32,11 @@ class AutoencoderConfig:
     scale: float
     shift: float
 
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one latent."""
+        return 2 ** (len(self.widths) - 1)
+
 
 class ResidualBlock(nn.Module):
     def __init__(self, width_in: int, width: int) -> None:

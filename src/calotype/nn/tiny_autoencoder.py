@@ -26,6 +26,11 @@ class TinyAutoencoderConfig:
     scale: float
     shift: float
 
+    @property
+    def factor(self) -> int:
+        """Pixels a side of one latent."""
+        return 2 ** (len(self.encoder_blocks) - 1)
+
 
 class Block(nn.Module):
     def __init__(self, width: int) -> None:

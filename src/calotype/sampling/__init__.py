@@ -1,6 +1,6 @@
 """Sampling: noise levels and schedules, samplers, guidance. It touches neither files nor devices."""
 
-from calotype.sampling.guidance import Prediction, guided, guided_pair
+from calotype.sampling.guidance import Both, Prediction, guided, guided_both
 from calotype.sampling.levels import (
     BETAS,
     FLOW_SCHEDULES,
@@ -18,6 +18,7 @@ from calotype.sampling.samplers import SAMPLERS, Denoise, Noise, Sampler, Step, 
 
 __all__ = [
     "BETAS",
+    "Both",
     "FLOW_SCHEDULES",
     "SAMPLERS",
     "VP_SCHEDULES",
@@ -36,5 +37,5 @@ __all__ = [
     "dynamic_shift",
     "evaluated",
     "guided",
-    "guided_pair",
+    "guided_both",
 ]

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from calotype.sampling.levels import Level
@@ -43,11 +42,15 @@ def guided(
     return denoise
 
 
-def guided_pair(pair: Denoise, scale: float, rescale: float = 0.0, prediction: Prediction = "noise") -> Denoise:
-    """As `guided`, in one pass: `pair` takes and returns 2b rows, the b positive ones first."""
+Both = Callable[[Tensor, Level], tuple[Tensor, Tensor]]
+"""Noisy x at a level -> the estimates of the clean x with the prompt and without it."""
+
+
+def guided_both(both: Both, scale: float, rescale: float = 0.0, prediction: Prediction = "noise") -> Denoise:
+    """As `guided`, where one call answers for both sides."""
 
     def denoise(x: Tensor, level: Level) -> Tensor:
-        with_, without = pair(torch.cat([x, x]), level).chunk(2)
+        with_, without = both(x, level)
         clean = without + scale * (with_ - without)
         return clean if rescale == 0 else _rescaled(clean, with_, rescale, prediction, x, level)
 

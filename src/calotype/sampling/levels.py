@@ -156,10 +156,15 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels that one job passes through, noisiest first: one more than its steps."""
+    """The levels that one job passes through, noisiest first: one more than its steps.
+
+    `reached`, where each step leads, is the next level of the path unless given. (DDIM in diffusers counts back a fixed
+    number of training steps, whatever its spacing.)
+    """
 
     process: Process
     path: tuple[Level, ...]
+    reached: tuple[Level, ...] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.path) > 1, self.path
@@ -171,7 +176,7 @@ class Levels:
 
     def pairs(self) -> Iterator[tuple[Level, Level]]:
         """(now, then) of each step."""
-        return pairwise(self.path)
+        return pairwise(self.path) if self.reached is None else zip(self.path[:-1], self.reached, strict=True)
 
     def between(self, now: Level, then: Level, fraction: float) -> Level:
         """The level `fraction` of the way from `now` to `then` in lambda.
@@ -191,7 +196,9 @@ class Levels:
         `ending(process.at_time(0))` is what diffusers calls final_sigmas_type "sigma_min" and, in DDIM,
         set_alpha_to_one false. A step that this leaves without a way to go is dropped.
         """
-        return replace(self, path=(*(level for level in self.path[:-1] if level.ratio > last.ratio), last))
+        kept = [(now, then if then.sigma > 0 else last) for now, then in self.pairs() if now.ratio > last.ratio]
+        reached = None if self.reached is None else tuple(then for _, then in kept)
+        return replace(self, path=(*(now for now, _ in kept), last), reached=reached)
 
 
 class FlowSchedule(Protocol):

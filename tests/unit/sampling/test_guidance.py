@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor
 
-from calotype.sampling import BETAS, Flow, Level, Prediction, VariancePreserving, guided, guided_pair
+from calotype.sampling import BETAS, Flow, Level, Prediction, VariancePreserving, guided, guided_both
 
 SD = VariancePreserving.from_betas(BETAS["scaled_linear"](0.00085, 0.012, 1000))
 LEVELS = {"noise": SD.at_time(731), "v": SD.at_time(731), "flow": Flow().at_time(0.83)}
@@ -39,9 +39,8 @@ def negative(x: Tensor, level: Level) -> Tensor:
     return network(x, 2.0)
 
 
-def pair(x: Tensor, level: Level) -> Tensor:
-    first, second = x.chunk(2)
-    return torch.cat([positive(first, level), negative(second, level)])
+def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    return positive(x, level), negative(x, level)
 
 
 def rescale_noise_cfg(guided: Tensor, positive: Tensor, rescale: float) -> Tensor:
@@ -70,7 +69,7 @@ def test_scale_1_is_the_positive_denoiser_itself() -> None:
 def test_one_pass_or_two_is_the_same(scale: float, rescale: float, prediction: Prediction) -> None:
     level = LEVELS[prediction]
     two = guided(positive, negative, scale, rescale, prediction)(X, level)
-    torch.testing.assert_close(guided_pair(pair, scale, rescale, prediction)(X, level), two)
+    torch.testing.assert_close(guided_both(both, scale, rescale, prediction)(X, level), two)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from calotype.families.model import FamilyModel
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
+from calotype.sampling.guidance import Both
 from calotype.sampling.levels import FLOW_SCHEDULES, Level, Levels, dynamic_shift
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 from calotype.text.clip import ClipEncoder
@@ -62,7 +63,8 @@ class FluxModel(FamilyModel[FluxConditioning]):
         self.encoders = (clip, t5)
         self.backbone = transformer
 
-    def condition(self, prompt: str, job: Job) -> FluxConditioning:
+    def condition(self, prompt: str, job: Job, *, negative: bool) -> FluxConditioning:
+        assert job.text_tokens is not None
         return encode(
             prompt,
             t5=self.t5,
@@ -72,11 +74,11 @@ class FluxModel(FamilyModel[FluxConditioning]):
             text_tokens=job.text_tokens,
         )
 
-    def pair(self, positive: FluxConditioning, negative: FluxConditioning) -> FluxConditioning:
-        return joined(positive, negative)
+    def conditioned_by(self, job: Job) -> Hashable:
+        return job.text_tokens
 
     def levels(self, job: Job) -> Levels:
-        return FLOW_SCHEDULES[job.schedule](job.steps, self.shift(job), 1.0)
+        return FLOW_SCHEDULES[job.schedule](job.steps, self.shift(job), job.denoising_strength or 1.0)
 
     def shift(self, job: Job) -> float:
         """The job's own shift, or the checkpoint's: fixed, or growing with the number of image tokens."""
@@ -119,6 +121,18 @@ class FluxModel(FamilyModel[FluxConditioning]):
             return x - level.sigma * velocity
 
         return denoise
+
+    def both(self, positive: FluxConditioning, negative: FluxConditioning, levels: Sequence[Level], job: Job) -> Both:
+        denoise = self.denoiser(joined(positive, negative), levels, job)
+
+        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+            with_, without = denoise(torch.cat([x, x]), level).chunk(2)
+            return with_, without
+
+        return both
+
+    def encode(self, picture: Tensor) -> Tensor:
+        return self.vae.encode(picture)
 
     def decode(self, latent: Tensor) -> Tensor:
         return self.vae.decode(latent)

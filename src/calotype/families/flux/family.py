@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
 from calotype.checkpoint.layouts import Settings
 from calotype.checkpoint.text_encoders import CLIP, T5
 from calotype.errors import DamagedFile, UnsupportedModel
-from calotype.families.family import Assembly, Family, Manifest, ManifestPart, Role
+from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
 from calotype.families.flux import DEV_DEFAULTS, SCHNELL_DEFAULTS, FluxModel
 from calotype.families.flux.config import (
     DEV,
@@ -25,7 +25,6 @@ from calotype.families.flux.keys import TRANSFORMER
 from calotype.families.flux.network import FluxNetwork
 from calotype.nn.autoencoder import Autoencoder, AutoencoderConfig
 from calotype.nn.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
-from calotype.request import Defaults
 from calotype.text.clip import VIT_L, ClipEncoder
 from calotype.text.t5 import XXL, T5Encoder
 
@@ -40,10 +39,11 @@ TINY_VAE = TinyAutoencoderConfig(
     scale=1.0,
     shift=0.0,
 )
+VARIANTS = {"dev": DEV_DEFAULTS, "schnell": SCHNELL_DEFAULTS}
 FLEX_2 = replace(DEV, image_width=196, joint_blocks=8)
 
 
-def variant(config: FluxConfig) -> str:
+def variant(config: FluxConfig, clues: Clues) -> str:
     """dev and schnell differ by the guidance input alone; wider image tokens carry a condition beside the picture."""
     extra = config.image_width - config.image_width_out
     if extra == FILL.image_width - FILL.image_width_out:
@@ -55,9 +55,9 @@ def variant(config: FluxConfig) -> str:
     return "dev" if config.guidance_input else "schnell"
 
 
-def refusal(config: FluxConfig) -> str | None:
+def refusal(config: FluxConfig, clues: Clues) -> str | None:
     if config.image_width != config.image_width_out:
-        return f"FLUX.1 {variant(config)} takes a condition beside the picture, which is not supported yet"
+        return f"FLUX.1 {variant(config, clues)} takes a condition beside the picture, which is not supported yet"
     return None
 
 
@@ -131,8 +131,8 @@ def assemble(given: Assembly) -> FluxModel:
     assert isinstance(t5, T5Encoder)
     assert isinstance(vae, (Autoencoder, TinyAutoencoder))
     dev = transformer.config.guidance_input
-    if given.scheduler is not None:
-        sampling = flow_settings(given.scheduler)
+    if given.clues.scheduler is not None:
+        sampling = flow_settings(given.clues.scheduler)
     else:
         sampling = DEV_SAMPLING if dev else SCHNELL_SAMPLING
     return FluxModel(
@@ -143,40 +143,21 @@ def assemble(given: Assembly) -> FluxModel:
         clip_tokenizer=given.tokenizers["clip"],
         t5_tokenizer=given.tokenizers["t5"],
         sampling=sampling,
-        defaults=_defaults(DEV_DEFAULTS if dev else SCHNELL_DEFAULTS, given.card.get("defaults", {})),
-        variant=str(given.card.get("variant", variant(transformer.config))),
+        defaults=with_card(VARIANTS["dev" if dev else "schnell"], given.card.get("defaults", {})),
+        variant=str(given.card.get("variant", variant(transformer.config, given.clues))),
         source=given.source,
         device=given.device,
     )
 
 
-WHOLE = ("width", "height", "steps", "text_tokens")
-
-
-def _defaults(family: Defaults, own: Mapping[str, Any]) -> Defaults:
-    known = {field.name for field in fields(Defaults)} - {"grain", "samplers", "schedules"}
-    unknown = sorted(set(own) - known)
-    if unknown:
-        raise DamagedFile(f"calotype.json: defaults has {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    for name, value in own.items():
-        wanted = (str,) if name in ("sampler", "schedule") else (int,) if name in WHOLE else (int, float)
-        if isinstance(value, bool) or not isinstance(value, wanted):
-            raise DamagedFile(f"calotype.json: {name} = {value!r} is not of the right kind")
-    return replace(family, **own)
-
-
-def _whole(name: str, part: Any, layout: str, config: Any, **more: Any) -> Manifest:  # noqa: ANN401
-    return Manifest(name=name, parts=(ManifestPart(part=part, layout=layout, config=config, **more),))
-
-
 COMFYUI = "model.diffusion_model."
 MANIFESTS = (
-    _whole("flux1-dev", TRANSFORMER, "original", DEV),
-    _whole("flux1-schnell", TRANSFORMER, "original", SCHNELL),
-    _whole("flux1-fill-dev", TRANSFORMER, "original", FILL),
-    _whole("flex2-preview", TRANSFORMER, "original", FLEX_2),
-    _whole("flux1-dev-comfyui", TRANSFORMER, "original", DEV, prefix=COMFYUI),
-    _whole("flux1-schnell-comfyui", TRANSFORMER, "original", SCHNELL, prefix=COMFYUI),
+    whole("flux1-dev", TRANSFORMER, "original", DEV),
+    whole("flux1-schnell", TRANSFORMER, "original", SCHNELL),
+    whole("flux1-fill-dev", TRANSFORMER, "original", FILL),
+    whole("flex2-preview", TRANSFORMER, "original", FLEX_2),
+    whole("flux1-dev-comfyui", TRANSFORMER, "original", DEV, prefix=COMFYUI),
+    whole("flux1-schnell-comfyui", TRANSFORMER, "original", SCHNELL, prefix=COMFYUI),
     Manifest(
         name="flux1-dev-comfyui-checkpoint",
         parts=(
@@ -192,18 +173,18 @@ MANIFESTS = (
             ManifestPart(part=T5, layout="transformers", config=XXL, prefix="text_encoders.t5xxl.transformer."),
         ),
     ),
-    _whole("flux-transformer-diffusers-dev", TRANSFORMER, "diffusers", DEV),
-    _whole("flux-transformer-diffusers-schnell", TRANSFORMER, "diffusers", SCHNELL),
-    _whole("flux-transformer-diffusers-fill-dev", TRANSFORMER, "diffusers", FILL),
-    _whole("flux-text-encoder", CLIP, "transformers", VIT_L),
-    _whole("flux-text-encoder-bare", CLIP, "transformers-bare", VIT_L),
-    _whole("flux-text-encoder-2", T5, "transformers", XXL),
-    _whole("t5xxl-fp16", T5, "transformers", XXL, extras=("encoder.embed_tokens.weight",)),
-    _whole("flux-ae", AUTOENCODER, "original", VAE),
-    _whole("flux-vae-diffusers", AUTOENCODER, "diffusers", VAE),
-    _whole("taef1-encoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="encoder."),
-    _whole("taef1-decoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="decoder."),
-    _whole("taef1-diffusers", TINY_AUTOENCODER, "diffusers-tiny", TINY_VAE),
+    whole("flux-transformer-diffusers-dev", TRANSFORMER, "diffusers", DEV),
+    whole("flux-transformer-diffusers-schnell", TRANSFORMER, "diffusers", SCHNELL),
+    whole("flux-transformer-diffusers-fill-dev", TRANSFORMER, "diffusers", FILL),
+    whole("flux-text-encoder", CLIP, "transformers", VIT_L),
+    whole("flux-text-encoder-bare", CLIP, "transformers-bare", VIT_L),
+    whole("flux-text-encoder-2", T5, "transformers", XXL),
+    whole("t5xxl-fp16", T5, "transformers", XXL, extras=("encoder.embed_tokens.weight",)),
+    whole("flux-ae", AUTOENCODER, "original", VAE),
+    whole("flux-vae-diffusers", AUTOENCODER, "diffusers", VAE),
+    whole("taef1-encoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="encoder."),
+    whole("taef1-decoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="decoder."),
+    whole("taef1-diffusers", TINY_AUTOENCODER, "diffusers-tiny", TINY_VAE),
 )
 
 FAMILY = Family(
@@ -241,6 +222,7 @@ FAMILY = Family(
             where="ae.safetensors or the folder vae/ of black-forest-labs/FLUX.1-dev",
         ),
     ),
+    variants=VARIANTS,
     variant=variant,
     refusal=refusal,
     misfit=misfit,

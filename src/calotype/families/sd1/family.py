@@ -1,0 +1,156 @@
+"""Stable Diffusion 1.x as the loader sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
+from calotype.checkpoint.text_encoders import CLIP
+from calotype.families.diffusion import REFUSED_MARKERS, diffusion_of, scheduler_config, suffix
+from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
+from calotype.families.sd1 import DEFAULTS, Sd1Model
+from calotype.families.sd1.config import DIFFUSION, EDITING, INPAINTING, TINY_VAE, VAE, ZERO_SNR
+from calotype.families.sd1.config import UNET as UNET_CONFIG
+from calotype.families.sd1.keys import UNET
+from calotype.nn.autoencoder import Autoencoder
+from calotype.nn.tiny_autoencoder import TinyAutoencoder
+from calotype.nn.unet import UNet, UNetConfig
+from calotype.text.clip import VIT_L, ClipEncoder
+
+
+def variant(config: UNetConfig, clues: Clues) -> str:
+    extra = config.channels_in - config.channels_out
+    if extra == INPAINTING.channels_in - INPAINTING.channels_out:
+        return "inpainting"
+    if extra == EDITING.channels_in - EDITING.channels_out:
+        return "instruct-pix2pix"
+    return "1.x" + suffix(diffusion_of(DIFFUSION, ZERO_SNR, clues))
+
+
+def refusal(config: UNetConfig, clues: Clues) -> str | None:
+    if config.channels_in != config.channels_out:
+        return (
+            f"Stable Diffusion 1.x {variant(config, clues)}: its UNet takes {config.channels_in} channels, a picture "
+            "beside the noise, which is not supported yet"
+        )
+    known = next((name for marker, name in REFUSED_MARKERS.items() if marker in clues.markers), None)
+    return None if known is None else f"{known} is not supported"
+
+
+def misfit(configs: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first role whose configuration does not go with the UNet's, and why."""
+    unet: UNetConfig = configs["unet"]
+    for role, what, has, wants in (
+        ("clip", "a CLIP encoder of width", configs["clip"].width, unet.text_width),
+        ("vae", "an autoencoder with latent channels:", configs["vae"].latent_channels, unet.channels_out),
+    ):
+        if has != wants:
+            return role, f"{what} {has}, but this Stable Diffusion 1.x UNet takes {wants}"
+    return None
+
+
+def assemble(given: Assembly) -> Sd1Model:
+    """The model of these networks; a folder's own scheduler and card stand before the family's numbers."""
+    unet, clip, vae = (given.networks[name] for name in ("unet", "clip", "vae"))
+    assert isinstance(unet, UNet)
+    assert isinstance(clip, ClipEncoder)
+    assert isinstance(vae, (Autoencoder, TinyAutoencoder))
+    diffusion = diffusion_of(DIFFUSION, ZERO_SNR, given.clues)
+    size = given.clues.settings.get("sample_size")
+    defaults = DEFAULTS
+    if isinstance(size, int):
+        defaults = replace(defaults, width=size * vae.config.factor, height=size * vae.config.factor)
+    return Sd1Model(
+        unet=unet,
+        clip=clip,
+        vae=vae,
+        tokenizer=given.tokenizers["clip"],
+        embeddings=given.embeddings_of(clip.config.width),
+        diffusion=diffusion,
+        defaults=with_card(defaults, given.card.get("defaults", {})),
+        variant=str(given.card.get("variant", variant(unet.config, given.clues))),
+        source=given.source,
+        device=given.device,
+    )
+
+
+UNET_PREFIX, VAE_PREFIX, CLIP_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+POSITION_IDS = "text_model.embeddings.position_ids"
+ORIGINAL_UNET = ManifestPart(part=UNET, layout="original", config=UNET_CONFIG, prefix=UNET_PREFIX)
+ORIGINAL_VAE = ManifestPart(part=AUTOENCODER, layout="original", config=VAE, prefix=VAE_PREFIX)
+ORIGINAL_CLIP = ManifestPart(part=CLIP, layout="transformers", config=VIT_L, prefix=CLIP_PREFIX, extras=(POSITION_IDS,))
+MANIFESTS = (
+    Manifest(name="sd1", parts=(ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP)),
+    Manifest(name="sd1-without-position-ids", parts=(ORIGINAL_UNET, ORIGINAL_VAE, replace(ORIGINAL_CLIP, extras=()))),
+    Manifest(name="sd1-inpainting", parts=(replace(ORIGINAL_UNET, config=INPAINTING), ORIGINAL_VAE, ORIGINAL_CLIP)),
+    Manifest(name="sd1-original-unet", parts=(ORIGINAL_UNET,)),
+    Manifest(name="sd1-original-vae", parts=(ORIGINAL_VAE,)),
+    Manifest(name="sd1-original-text-encoder", parts=(ORIGINAL_CLIP,)),
+    whole("sd1-vae-bare", AUTOENCODER, "original", VAE),
+    whole("sd1-unet-diffusers", UNET, "diffusers", UNET_CONFIG),
+    whole("sd1-unet-diffusers-inpainting", UNET, "diffusers", INPAINTING),
+    whole("sd1-text-encoder", CLIP, "transformers", VIT_L, extras=(POSITION_IDS,)),
+    whole("sd1-vae-diffusers", AUTOENCODER, "diffusers", VAE),
+    whole("taesd-encoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="encoder."),
+    whole("taesd-decoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="decoder."),
+    whole("taesd-diffusers", TINY_AUTOENCODER, "diffusers-tiny", TINY_VAE),
+)
+
+FAMILY = Family(
+    name="sd1",
+    title="Stable Diffusion 1.x",
+    pipeline="StableDiffusionPipeline",
+    roles=(
+        Role(
+            name="unet",
+            parts=(UNET,),
+            folder="unet",
+            file="unet.safetensors",
+            where="a checkpoint such as v1-5-pruned-emaonly.safetensors, or the folder unet/ of a diffusers model",
+        ),
+        Role(
+            name="clip",
+            parts=(CLIP,),
+            folder="text_encoder",
+            tokenizer="tokenizer",
+            where="the folder text_encoder/ of a diffusers model, or clip_l.safetensors",
+        ),
+        Role(
+            name="vae",
+            parts=(AUTOENCODER, TINY_AUTOENCODER),
+            folder="vae",
+            file="vae.safetensors",
+            settings=((AUTOENCODER, {"scaling_factor": VAE.scale}),),
+            where="the folder vae/ of a diffusers model, or vae-ft-mse-840000-ema-pruned.safetensors",
+        ),
+    ),
+    variants={"1.x": DEFAULTS},
+    variant=variant,
+    refusal=refusal,
+    misfit=misfit,
+    scheduler=scheduler_config,
+    assemble=assemble,
+    manifests=MANIFESTS,
+    harmless=(
+        "betas",
+        "alphas_cumprod*",
+        "sqrt_*",
+        "log_one_minus_alphas_cumprod",
+        "posterior_*",
+        "lvlb_weights",
+        "logvar",
+        "scale_factor",
+        "model_ema.*",
+        "embedding_manager.*",
+        "cond_stage_model.logit_scale",
+        "cond_stage_model.text_projection*",
+        "cond_stage_model.transformer.logit_scale",
+        "cond_stage_model.transformer.text_projection*",
+        "*.position_ids",
+        "*loss.*",
+        "v_pred",
+        "ztsnr",
+    ),
+)

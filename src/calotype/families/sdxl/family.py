@@ -1,0 +1,187 @@
+"""SDXL as the loader sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
+from calotype.checkpoint.keys import Extra
+from calotype.checkpoint.text_encoders import CLIP
+from calotype.families.diffusion import REFUSED_MARKERS, diffusion_of, scheduler_config, suffix
+from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
+from calotype.families.sdxl import DEFAULTS, TURBO_DEFAULTS, SdxlModel
+from calotype.families.sdxl.config import DIFFUSION, INPAINTING, TURBO_DIFFUSION, VAE, ZERO_SNR
+from calotype.families.sdxl.config import UNET as UNET_CONFIG
+from calotype.families.sdxl.keys import UNET
+from calotype.nn.autoencoder import Autoencoder
+from calotype.nn.tiny_autoencoder import TinyAutoencoder
+from calotype.nn.unet import UNet, UNetConfig
+from calotype.text.clip import BIG_G, VIT_L, ClipConfig, ClipEncoder
+
+TURBO_MARKER = "denoiser.sigmas"  # in Stability AI's file of SDXL Turbo
+TURBO_SAMPLE = 64  # latents a side in its diffusers folder
+
+
+def turbo(clues: Clues) -> bool:
+    """Whether a model says of itself that it is distilled to single steps."""
+    return TURBO_MARKER in clues.markers or clues.settings.get("sample_size") == TURBO_SAMPLE
+
+
+def variant(config: UNetConfig, clues: Clues) -> str:
+    if config.channels_in == INPAINTING.channels_in:
+        return "inpainting"
+    if turbo(clues):
+        return "turbo"
+    return "base" + suffix(diffusion_of(DIFFUSION, ZERO_SNR, clues))
+
+
+def refusal(config: UNetConfig, clues: Clues) -> str | None:
+    if config.channels_in != config.channels_out:
+        return (
+            f"SDXL {variant(config, clues)}: its UNet takes {config.channels_in} channels, a picture beside the noise, "
+            "which is not supported yet"
+        )
+    known = next((name for marker, name in REFUSED_MARKERS.items() if marker in clues.markers), None)
+    return None if known is None else f"{known} is not supported"
+
+
+def misfit(configs: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The first role whose configuration does not go with the UNet's, and why."""
+    unet: UNetConfig = configs["unet"]
+    clip_l, clip_g = configs["clip_l"], configs["clip_g"]
+    vector = (clip_g.projection or clip_g.width) + 6 * unet.size_width
+    for role, what, has, wants in (
+        ("clip_g", "two CLIP encoders of joint width", clip_l.width + clip_g.width, unet.text_width),
+        ("clip_g", "pooled text and sizes of width", vector, unet.vector_width),
+        ("vae", "an autoencoder with latent channels:", configs["vae"].latent_channels, unet.channels_out),
+    ):
+        if has != wants:
+            return role, f"{what} {has}, but this SDXL UNet takes {wants}"
+    return None
+
+
+def assemble(given: Assembly) -> SdxlModel:
+    """The model of these networks; a folder's own scheduler and card stand before the family's numbers."""
+    unet, clip_l, clip_g, vae = (given.networks[name] for name in ("unet", "clip_l", "clip_g", "vae"))
+    assert isinstance(unet, UNet)
+    assert isinstance(clip_l, ClipEncoder)
+    assert isinstance(clip_g, ClipEncoder)
+    assert isinstance(vae, (Autoencoder, TinyAutoencoder))
+    is_turbo = turbo(given.clues)
+    defaults = TURBO_DEFAULTS if is_turbo else DEFAULTS
+    size = given.clues.settings.get("sample_size")
+    if isinstance(size, int):
+        defaults = replace(defaults, width=size * vae.config.factor, height=size * vae.config.factor)
+    return SdxlModel(
+        unet=unet,
+        clip_l=clip_l,
+        clip_g=clip_g,
+        vae=vae,
+        tokenizer_l=given.tokenizers["clip_l"],
+        tokenizer_g=given.tokenizers["clip_g"],
+        embeddings_l=given.embeddings_of(clip_l.config.width),
+        embeddings_g=given.embeddings_of(clip_g.config.width),
+        empty_is_zero=bool(given.index.get("force_zeros_for_empty_prompt", True)),
+        diffusion=diffusion_of(TURBO_DIFFUSION if is_turbo else DIFFUSION, ZERO_SNR, given.clues),
+        defaults=with_card(defaults, given.card.get("defaults", {})),
+        variant=str(given.card.get("variant", variant(unet.config, given.clues))),
+        source=given.source,
+        device=given.device,
+    )
+
+
+def _large(config: ClipConfig) -> bool:
+    """Of SDXL's two encoders the second is the wider one, and has a projection."""
+    return config.width > VIT_L.width
+
+
+POSITION_IDS = "text_model.embeddings.position_ids"
+ORIGINAL_UNET = ManifestPart(part=UNET, layout="original", config=UNET_CONFIG, prefix="model.diffusion_model.")
+ORIGINAL_VAE = ManifestPart(part=AUTOENCODER, layout="original", config=VAE, prefix="first_stage_model.")
+ORIGINAL_CLIP_L = ManifestPart(
+    part=CLIP,
+    layout="transformers",
+    config=VIT_L,
+    prefix="conditioner.embedders.0.transformer.",
+    extras=(POSITION_IDS,),
+)
+ORIGINAL_CLIP_G = ManifestPart(
+    part=CLIP, layout="openclip", config=BIG_G, prefix="conditioner.embedders.1.model.", extras=("logit_scale",)
+)
+BARE_CLIP_L = replace(ORIGINAL_CLIP_L, extras=())
+MANIFESTS = (
+    Manifest(name="sdxl-base", parts=(ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP_L, ORIGINAL_CLIP_G)),
+    Manifest(name="sdxl-without-position-ids", parts=(ORIGINAL_UNET, ORIGINAL_VAE, BARE_CLIP_L, ORIGINAL_CLIP_G)),
+    Manifest(
+        name="sdxl-turbo",
+        parts=(ORIGINAL_UNET, ORIGINAL_VAE, BARE_CLIP_L, ORIGINAL_CLIP_G),
+        more=(Extra(TURBO_MARKER, (1000,)),),
+    ),
+    Manifest(name="sdxl-original-text-encoders", parts=(ORIGINAL_CLIP_L, ORIGINAL_CLIP_G)),
+    Manifest(name="sdxl-original-unet", parts=(ORIGINAL_UNET,)),
+    whole("sdxl-unet-diffusers", UNET, "diffusers", UNET_CONFIG),
+    whole("sdxl-unet-diffusers-inpainting", UNET, "diffusers", INPAINTING),
+    whole("sdxl-text-encoder-2", CLIP, "transformers", BIG_G),
+    whole("sdxl-vae-diffusers", AUTOENCODER, "diffusers", VAE),
+    whole("sdxl-vae-bare", AUTOENCODER, "original", VAE),
+)
+
+FAMILY = Family(
+    name="sdxl",
+    title="SDXL",
+    pipeline="StableDiffusionXLPipeline",
+    roles=(
+        Role(
+            name="unet",
+            parts=(UNET,),
+            folder="unet",
+            file="unet.safetensors",
+            where="a checkpoint such as sd_xl_base_1.0.safetensors, or the folder unet/ of a diffusers model",
+        ),
+        Role(
+            name="clip_l",
+            parts=(CLIP,),
+            folder="text_encoder",
+            tokenizer="tokenizer",
+            fits=lambda config: not _large(config),
+            where="the folder text_encoder/ of a diffusers model, or clip_l.safetensors",
+        ),
+        Role(
+            name="clip_g",
+            parts=(CLIP,),
+            folder="text_encoder_2",
+            tokenizer="tokenizer_2",
+            settings=((CLIP, {"project": True}),),
+            fits=_large,
+            where="the folder text_encoder_2/ of a diffusers model, or clip_g.safetensors",
+        ),
+        Role(
+            name="vae",
+            parts=(AUTOENCODER, TINY_AUTOENCODER),
+            folder="vae",
+            file="vae.safetensors",
+            settings=((AUTOENCODER, {"scaling_factor": VAE.scale}),),
+            upcast=True,
+            where="the folder vae/ of a diffusers model, or sdxl_vae.safetensors",
+        ),
+    ),
+    variants={"base": DEFAULTS, "turbo": TURBO_DEFAULTS},
+    variant=variant,
+    refusal=refusal,
+    misfit=misfit,
+    scheduler=scheduler_config,
+    assemble=assemble,
+    manifests=MANIFESTS,
+    harmless=(
+        TURBO_MARKER,
+        "model_ema.*",
+        "conditioner.embedders.*.logit_scale",
+        "conditioner.embedders.*.text_projection*",
+        "*.position_ids",
+        "*loss.*",
+        "v_pred",
+        "ztsnr",
+    ),
+)

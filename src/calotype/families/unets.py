@@ -1,0 +1,161 @@
+"""What the UNet families share: from conditioning to pictures. Each family says itself what it takes from a prompt."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from calotype.families.diffusion import DiffusionSettings
+from calotype.families.model import FamilyModel
+from calotype.nn.autoencoder import Autoencoder, preview_projection
+from calotype.nn.tiny_autoencoder import TinyAutoencoder
+from calotype.nn.unet import UNet
+from calotype.request import Defaults, Job
+from calotype.sampling.guidance import Both
+from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
+from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
+
+
+class UNetConditioning(NamedTuple):
+    text: Tensor  # b n d, what cross-attention reads
+    vector: Tensor | None  # b d, pooled text and sizes; None for a UNet without that input
+
+
+class UNetModel(FamilyModel[UNetConditioning]):
+    """A UNet between an autoencoder's latents, with any encoders before it."""
+
+    def __init__(
+        self,
+        *,
+        unet: UNet,
+        vae: Autoencoder | TinyAutoencoder,
+        diffusion: DiffusionSettings,
+        defaults: Defaults,
+        variant: str,
+        source: str,
+        device: torch.device,
+    ) -> None:
+        self.unet = unet
+        # Narrower than the base class says, and never replaced.
+        self.vae: Autoencoder | TinyAutoencoder = vae  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.diffusion = diffusion
+        self.prediction = diffusion.prediction
+        self.grain = vae.config.factor
+        self.defaults = replace(defaults, grain=self.grain, sampler=diffusion.sampler, schedule=diffusion.schedule)
+        self.variant = variant
+        self.source = source
+        self.device = device
+        self.backbone = unet
+
+    @abstractmethod
+    def condition(self, prompt: str, job: Job, *, negative: bool) -> UNetConditioning: ...
+
+    @abstractmethod
+    def conditioned_by(self, job: Job) -> Hashable: ...
+
+    def levels(self, job: Job) -> Levels:
+        return self.diffusion.levels(job.schedule, job.steps, job.denoising_strength or 1.0)
+
+    def noise_shape(self, job: Job) -> tuple[int, ...]:
+        return self.vae.config.latent_channels, job.height // self.grain, job.width // self.grain
+
+    def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
+        return noise() if self.diffusion.unit_start else levels.path[0].sigma * noise()
+
+    def denoiser(self, conditioning: UNetConditioning, levels: Sequence[Level], job: Job) -> Denoise:
+        return self._estimates([conditioning.text], conditioning.vector, levels)
+
+    def both(self, positive: UNetConditioning, negative: UNetConditioning, levels: Sequence[Level], job: Job) -> Both:
+        texts = [positive.text, negative.text]
+        if positive.text.shape == negative.text.shape:
+            texts = [torch.cat(texts)]
+        vector = None
+        if positive.vector is not None and negative.vector is not None:
+            vector = torch.cat([positive.vector, negative.vector])
+        denoise = self._estimates(texts, vector, levels)
+
+        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+            with_, without = denoise(x, level).chunk(2)
+            return with_, without
+
+        return both
+
+    def _estimates(self, texts: Sequence[Tensor], vector: Tensor | None, levels: Sequence[Level]) -> Denoise:
+        """One row of x -> an estimate for each row of text."""
+        number = {level: i for i, level in enumerate(levels)}
+        times = torch.tensor([level.time for level in levels], device=self.device)
+        prepared = self.unet.prepare(texts, vector, times)
+        estimate = ESTIMATES[self.diffusion.prediction]
+
+        def denoise(x: Tensor, level: Level) -> Tensor:
+            predicted: Tensor = self.unet(x, *prepared.at(number[level]))
+            return estimate(x, predicted.float(), level)
+
+        return denoise
+
+    def encode(self, picture: Tensor) -> Tensor:
+        return self.vae.encode(picture)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.vae.decode(latent)
+
+    def preview(self, latent: Tensor) -> Tensor:
+        if isinstance(self.vae, TinyAutoencoder):
+            return self.vae.decode(latent)
+        projection = self._preview_projection.to(latent.device)
+        colour = rearrange(latent, "b z h w -> b h w z") @ projection[:-1] + projection[-1]
+        return rearrange(colour, "b h w c -> b c h w")
+
+    @cached_property
+    def _preview_projection(self) -> Tensor:
+        assert isinstance(self.vae, Autoencoder)
+        return preview_projection(self.vae)
+
+
+# From what the network predicts to the clean latents, x = alpha clean + sigma noise, v = alpha noise - sigma clean.
+ESTIMATES: dict[str, Callable[[Tensor, Tensor, Level], Tensor]] = {
+    "noise": lambda x, noise, level: (x - level.sigma * noise) / level.alpha,
+    "v": lambda x, v, level: level.alpha * x - level.sigma * v,
+}
+
+
+def unet_defaults(
+    *,
+    size: int,
+    steps: int,
+    cfg_scale: float,
+    diffusion: DiffusionSettings,
+    clip_skip: int | None = None,
+    text_tokens: int | None = None,
+    sizes: bool = False,
+) -> Defaults:
+    """A UNet family's defaults, as far as the families share them."""
+    return Defaults(
+        width=size,
+        height=size,
+        grain=8,
+        steps=steps,
+        cfg_scale=cfg_scale,
+        embedded_guidance=None,
+        sampler=diffusion.sampler,
+        schedule=diffusion.schedule,
+        shift=None,
+        text_tokens=text_tokens,
+        samplers=tuple(SAMPLERS),
+        schedules=tuple(VP_SCHEDULES),
+        clip_skip=clip_skip,
+        sizes=sizes,
+    )
+
+
+def told_sizes(job: Job) -> tuple[int, ...]:
+    """What SDXL is told: original height and width, top and left of the crop, height and width aimed at."""
+    told = (job.original_height, job.original_width, job.crop_top, job.crop_left, job.target_height, job.target_width)
+    return tuple(size for size in told if size is not None)
