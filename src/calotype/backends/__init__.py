@@ -1,0 +1,1 @@
+"""Other engines than torch for the networks, each behind an extra."""
