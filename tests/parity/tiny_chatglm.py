@@ -1,0 +1,54 @@
+"""A tiny random ChatGLM3 as diffusers builds it, and a tokenizer of its kind."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import torch
+from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+from tiny_flux import WORDS, randomised
+
+PIECES = 290  # three marks, 256 bytes, and what a few words need
+
+
+def encoder(seed: int = 7, **settings: int) -> ChatGLMModel:
+    """Three layers, four query heads in two groups; the weights of its matrices large enough to count."""
+    config = ChatGLMConfig(
+        **{
+            "num_layers": 3,
+            "padded_vocab_size": 320,
+            "hidden_size": 48,
+            "ffn_hidden_size": 56,
+            "kv_channels": 16,
+            "num_attention_heads": 4,
+            "multi_query_group_num": 2,
+            "seq_length": 300,
+            "multi_query_attention": True,
+            "add_qkv_bias": True,
+            "original_rope": True,
+            **settings,
+        }
+    )
+    model = ChatGLMModel(config, empty_init=False)
+    randomised(model, seed, spread=0.2)
+    return model.to(torch.float32)
+
+
+def tokenizer_model(pieces: int = PIECES) -> bytes:
+    """A sentencepiece model of ChatGLM's form: pairs of bytes, no padding piece."""
+    from sentencepiece import SentencePieceTrainer
+
+    rng = random.Random(0)
+    sentences = [" ".join(rng.choices(WORDS, k=6)) for _ in range(200)]
+    made = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=made,
+        model_type="bpe",
+        vocab_size=pieces,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return made.getvalue()
