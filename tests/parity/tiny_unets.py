@@ -64,7 +64,7 @@ def unet(*, sdxl: bool, seed: int = 0, **more: Any) -> UNet2DConditionModel:
     return made
 
 
-def clip(width: int, *, seed: int, projection: int | None = None, act: str = "quick_gelu") -> CLIPTextModel:
+def clip(width: int, *, seed: int, projection: int | None = None, act: str = "quick_gelu") -> Any:  # noqa: ANN401
     config = CLIPTextConfig(
         vocab_size=32,
         hidden_size=width,
@@ -114,6 +114,57 @@ def sdxl(folder: Path, scheduler: Any | None = None, **more: Any) -> StableDiffu
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer("!"),
         scheduler=scheduler or DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+    )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def kolors(folder: Path, tokenizer_folder: Path, scheduler: Any | None = None) -> Any:  # noqa: ANN401
+    """Save a tiny Kolors in the folder, and return it. The tokenizer is the real one, whose vocabulary is its own."""
+    from diffusers import EulerDiscreteScheduler, KolorsPipeline
+    from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
+    from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
+
+    encoder = ChatGLMModel(
+        ChatGLMConfig(
+            num_layers=3,
+            padded_vocab_size=65024,
+            hidden_size=32,
+            ffn_hidden_size=48,
+            kv_channels=16,
+            num_attention_heads=2,
+            multi_query_attention=True,
+            multi_query_group_num=1,
+            seq_length=256,
+            add_qkv_bias=True,
+            rmsnorm=True,
+            apply_residual_connection_post_layernorm=False,
+            original_rope=True,
+            bias_dropout_fusion=False,
+        )
+    )
+    randomised(encoder, 1, spread=0.3)
+    pipeline = KolorsPipeline(
+        unet=unet(
+            sdxl=True,
+            encoder_hid_dim=32,
+            encoder_hid_dim_type="text_proj",
+            cross_attention_dim=40,
+            projection_class_embeddings_input_dim=6 * 8 + 32,
+        ),
+        vae=vae(),
+        text_encoder=encoder,
+        tokenizer=ChatGLMTokenizer(str(tokenizer_folder / "tokenizer.model")),
+        scheduler=scheduler
+        or EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.014,
+            beta_schedule="scaled_linear",
+            num_train_timesteps=1100,
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
     )
     pipeline.save_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)

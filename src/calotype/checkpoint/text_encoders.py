@@ -6,7 +6,7 @@ from typing import Any
 
 from calotype.checkpoint.keys import Alias, Extra, Rule, Same, Sliced, Table, Transposed
 from calotype.checkpoint.layouts import Evidence, Layout, Part, Signature
-from calotype.text.clip import ClipConfig, ClipEncoder
+from calotype.text.clip import VIT_L, ClipConfig, ClipEncoder
 from calotype.text.t5 import T5Config, T5Encoder
 
 CLIP_RULES = {
@@ -46,8 +46,9 @@ def clip_layout(name: str, prefix: str) -> Layout[ClipConfig]:
             positions=evidence.size(prefix + "embeddings.position_embedding.weight"),
             quick_gelu=activation == "quick_gelu",
             projection=evidence.size("text_projection.weight") if project else None,
-            # Configurations of 2022 say 2 and mean the last id: transformers treats them so too.
-            end=vocabulary - 1 if end == 2 else end,
+            # Configurations of 2022 say 2 and mean the last id of the published vocabulary; words learned since stand
+            # behind it.
+            end=min(vocabulary, VIT_L.vocabulary) - 1 if end == 2 else end,
         )
 
     def table(config: ClipConfig) -> Table:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from calotype.families.coming import COMING
 from calotype.families.flux.family import FAMILY as FLUX
+from calotype.families.kolors.family import FAMILY as KOLORS
 from calotype.families.sd1.family import FAMILY as SD1
 from calotype.families.sdxl.family import FAMILY as SDXL
 
-FAMILIES = (FLUX, SD1, SDXL)
+FAMILIES = (FLUX, SD1, SDXL, KOLORS)
 
 __all__ = ["COMING", "FAMILIES"]

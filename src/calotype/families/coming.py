@@ -25,13 +25,6 @@ _DIFFUSERS_TEXT_2 = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.
 COMING: tuple[Known, ...] = (
     _unet("sdxl", "refiner", "original", ("label_emb.0.0.weight", (1536, 2560)), (_TEXT_2, (None, 1280))),
     _unet("sd2", "2.x", "original", (_TEXT_1, (320, 1024)), ("out.2.weight", (4, 320, 3, 3))),
-    _unet(
-        "kolors",
-        "base",
-        "diffusers",
-        ("encoder_hid_proj.weight", (2048, 4096)),
-        (_DIFFUSERS_TEXT_2, (None, 2048)),
-    ),
     _unet("sdxl", "refiner", "diffusers", ("add_embedding.linear_1.weight", (1536, 2560))),
     _unet("sd2", "2.x", "diffusers", (_DIFFUSERS_TEXT_1, (320, 1024)), ("conv_out.weight", (4, 320, 3, 3))),
     Known(
@@ -113,18 +106,6 @@ COMING: tuple[Known, ...] = (
                 "bert.encoder.layer.0.attention.self.query.weight",
             ),
             shapes=(("bert.embeddings.word_embeddings.weight", (47020, None)),),
-        ),
-    ),
-    Known(
-        family="kolors",
-        variant="base",
-        part="chatglm3",
-        layout="transformers",
-        signature=Signature(
-            has=(
-                "transformer.embedding.word_embeddings.weight",
-                "transformer.encoder.layers.0.self_attention.query_key_value.weight",
-            )
         ),
     ),
     *(

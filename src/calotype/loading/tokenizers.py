@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from calotype.checkpoint.chatglm import read_glm_tokenizer
 from calotype.checkpoint.hub import fetch_tokenizer
 from calotype.checkpoint.tokenizer_files import kind, prompt_tokenizer, read_tokenizer
 from calotype.errors import LoadError, MissingPart
 from calotype.loading.gather import Chosen, Opened
+from calotype.text.glm_tokenizer import GlmTokenizer
 from calotype.text.tokenizers import PromptTokenizer
 
 
@@ -21,15 +23,18 @@ class Published(NamedTuple):
     vocabulary: int
 
 
+KOLORS = "Kwai-Kolors/Kolors-diffusers"
 PUBLISHED = {
     "clip": Published("openai/clip-vit-large-patch14", ("tokenizer.json", "tokenizer_config.json"), 49408),
     "t5": Published("google-t5/t5-small", ("tokenizer.json",), 32128),
 }
 
 
-def tokenizer_for(part: Chosen, config: Any, opened: Opened) -> PromptTokenizer:  # noqa: ANN401
+def tokenizer_for(part: Chosen, config: Any, opened: Opened) -> PromptTokenizer | GlmTokenizer:  # noqa: ANN401
     """The tokenizer of an encoder; MissingPart where there is none to be had, LoadError where it does not fit."""
     role, vocabulary = part.role.name, config.vocabulary
+    if role == "chatglm":
+        return _glm_tokenizer(part, vocabulary, opened)
     wanted = "clip" if role.startswith("clip") else role
     for folder, named in _places(part, opened):
         tokenizer = read_tokenizer(folder)
@@ -53,6 +58,24 @@ def tokenizer_for(part: Chosen, config: Any, opened: Opened) -> PromptTokenizer:
     tokenizer = read_tokenizer(folder)
     assert tokenizer is not None
     return prompt_tokenizer(tokenizer, folder, role, vocabulary, part.found.settings, shared=True)
+
+
+def _glm_tokenizer(part: Chosen, vocabulary: int, opened: Opened) -> GlmTokenizer:
+    for folder, _ in _places(part, opened):
+        tokenizer = read_glm_tokenizer(folder, vocabulary)
+        if tokenizer is not None:
+            return tokenizer
+    try:
+        folder = fetch_tokenizer(KOLORS, ("tokenizer/tokenizer.model",))
+    except LoadError as error:
+        raise MissingPart(
+            f"{part.found.weights.source}: its tokenizer.model is neither among the sources nor beside the file, and "
+            f"could not be fetched ({error}); give also the folder {part.role.tokenizer}/ of {KOLORS}, or run "
+            f"`hf download {KOLORS} tokenizer/tokenizer.model` once while online"
+        ) from error
+    tokenizer = read_glm_tokenizer(folder, vocabulary)
+    assert tokenizer is not None
+    return tokenizer
 
 
 def _places(part: Chosen, opened: Opened) -> Iterator[tuple[Path, bool]]:
