@@ -16,6 +16,7 @@ SMALL = (
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
     "scheduler_config.json",
 )
 WEIGHTS = ("model*.safetensors", "diffusion_pytorch_model*.safetensors")
