@@ -72,6 +72,7 @@ def generate(
     device: Annotated[str | None, _model("NAME", "cpu, cuda, cuda:1, mps, ...")] = None,
     dtype: Annotated[str | None, _model("NAME", "float32, bfloat16 or float16.")] = None,
     memory: Annotated[str, _model("MODE", "auto, or resident: all weights are read at once.")] = "auto",
+    backend: Annotated[str, _model("NAME", "torch, or openvino: the UNet families, faster on a CPU.")] = "torch",
     out: Annotated[
         str | None,
         _output(
@@ -125,7 +126,7 @@ def generate(
     with show.waiting(f"loading {', '.join(sources) or 'the built-in model'}") if _local(sources) else nullcontext():
         from calotype.loading import load
 
-        loaded = load(*sources, device=device, dtype=dtype, memory=memory)
+        loaded = load(*sources, device=device, dtype=dtype, memory=memory, backend=backend)
     if drawn_by is not None and drawn_by != loaded.name:
         request = _adapted(request, loaded, given, f"{like} was drawn by {drawn_by}; this is {loaded.name}")
     cfg_scale = loaded.family.defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from calotype.backends.openvino import OpenVinoAutoencoder, OpenVinoUNet, accelerate
 from calotype.families.diffusion import DiffusionSettings
 from calotype.families.model import FamilyModel
 from calotype.nn.autoencoder import Autoencoder, preview_projection
@@ -21,6 +22,9 @@ from calotype.request import Defaults, Job
 from calotype.sampling.guidance import Both
 from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
+
+
+Vae = Autoencoder | TinyAutoencoder | OpenVinoAutoencoder
 
 
 class UNetConditioning(NamedTuple):
@@ -42,9 +46,10 @@ class UNetModel(FamilyModel[UNetConditioning]):
         source: str,
         device: torch.device,
     ) -> None:
-        self.unet = unet
-        # Narrower than the base class says, and never replaced.
-        self.vae: Autoencoder | TinyAutoencoder = vae  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.unet: UNet | OpenVinoUNet = unet
+        # Narrower than the base class says, and replaced by `run_with_openvino` alone.
+        self.vae: Vae = vae  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._previewed = vae
         self.diffusion = diffusion
         self.prediction = diffusion.prediction
         self.grain = vae.config.factor
@@ -53,6 +58,15 @@ class UNetModel(FamilyModel[UNetConditioning]):
         self.source = source
         self.device = device
         self.backbone = unet
+
+    def run_with_openvino(self) -> None:
+        """Hand the UNet's steps and the decoder to OpenVINO, on the CPU. RequestError where it is not installed."""
+        assert isinstance(self.unet, UNet)
+        if isinstance(self.vae, Autoencoder):
+            self.unet, self.vae = accelerate(self.unet, self.vae)
+        else:
+            self.unet = OpenVinoUNet(self.unet)
+        self.backbone = self.unet
 
     @abstractmethod
     def condition(self, prompt: str, job: Job, *, negative: bool) -> UNetConditioning: ...
@@ -107,16 +121,16 @@ class UNetModel(FamilyModel[UNetConditioning]):
         return self.vae.decode(latent)
 
     def preview(self, latent: Tensor) -> Tensor:
-        if isinstance(self.vae, TinyAutoencoder):
-            return self.vae.decode(latent)
+        if isinstance(self._previewed, TinyAutoencoder):
+            return self._previewed.decode(latent)
         projection = self._preview_projection.to(latent.device)
         colour = rearrange(latent, "b z h w -> b h w z") @ projection[:-1] + projection[-1]
         return rearrange(colour, "b h w c -> b c h w")
 
     @cached_property
     def _preview_projection(self) -> Tensor:
-        assert isinstance(self.vae, Autoencoder)
-        return preview_projection(self.vae)
+        assert isinstance(self._previewed, Autoencoder)
+        return preview_projection(self._previewed)
 
 
 # From what the network predicts to the clean latents, x = alpha clean + sigma noise, v = alpha noise - sigma clean.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calotype.backends.openvino import require
 from calotype.checkpoint.embeddings import read_embedding
 from calotype.checkpoint.files import Weights
 from calotype.errors import (
@@ -26,6 +27,7 @@ from calotype.errors import (
 )
 from calotype.families import FAMILIES
 from calotype.families.family import Assembly, Family
+from calotype.families.unets import UNetModel
 from calotype.generate import Model
 from calotype.loading.convert import convert
 from calotype.loading.describe import Description, PartDescription, describe
@@ -37,6 +39,7 @@ __all__ = ["Description", "PartDescription", "convert", "describe", "load", "man
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY = ("auto", "resident")
+BACKENDS = ("torch", "openvino")
 Source = str | os.PathLike[str]
 
 
@@ -45,6 +48,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
+    backend: str = "torch",
 ) -> Model[Any]:
     """The model that files, folders or a hub id hold between them, in any order; the built-in one if none is given.
 
@@ -52,12 +56,20 @@ def load(
     dtype    "float32", "bfloat16" or "float16"; None keeps what each part is stored in (fp8 becomes bfloat16), or
              what the model's own calotype.json asks for
     memory   "auto" leaves weights in their files until they are needed; "resident" reads all of them now
+    backend  "torch", or "openvino" (the extra calotype[openvino]): the UNet families' steps and decoder on the CPU,
+             faster than torch there and equal to rounding; graphs are compiled when a size is first met
 
     Raises a LoadError that says what came, what was wanted and what to do.
     """
     target = _device(device)
     if memory not in MEMORY:
         raise RequestError("memory", memory, "one of " + ", ".join(MEMORY))
+    if backend not in BACKENDS:
+        raise RequestError("backend", backend, "one of " + ", ".join(BACKENDS))
+    if backend == "openvino":
+        require()
+        if target.type != "cpu":
+            raise RequestError("device", str(target), "cpu: the backend openvino computes there")
     opened = gather(sources)
     wanted = _dtype(opened.card.get("dtype") if dtype is None else dtype)
     family, chosen = _recognised(opened)
@@ -92,6 +104,10 @@ def load(
             device=target,
         )
     )
+    if backend == "openvino":
+        if not isinstance(model, UNetModel):
+            raise RequestError("backend", backend, f"torch: OpenVINO runs the UNet families, and not {family.title}")
+        model.run_with_openvino()
     return Model(model)
 
 
