@@ -35,6 +35,9 @@ class UNetConditioning(NamedTuple):
 class UNetModel(FamilyModel[UNetConditioning]):
     """A UNet between an autoencoder's latents, with any encoders before it."""
 
+    # Narrower than the base class says, and replaced by `run_with_openvino` alone.
+    vae: Vae  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(
         self,
         *,
@@ -47,8 +50,7 @@ class UNetModel(FamilyModel[UNetConditioning]):
         device: torch.device,
     ) -> None:
         self.unet: UNet | OpenVinoUNet = unet
-        # Narrower than the base class says, and replaced by `run_with_openvino` alone.
-        self.vae: Vae = vae  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.vae = vae
         self._previewed = vae
         self.diffusion = diffusion
         self.prediction = diffusion.prediction
@@ -63,7 +65,8 @@ class UNetModel(FamilyModel[UNetConditioning]):
         """Hand the UNet's steps and the decoder to OpenVINO, on the CPU. RequestError where it is not installed."""
         assert isinstance(self.unet, UNet)
         if isinstance(self.vae, Autoencoder):
-            self.unet, self.vae = accelerate(self.unet, self.vae)
+            self.unet, vae = accelerate(self.unet, self.vae)
+            self.vae = vae
         else:
             self.unet = OpenVinoUNet(self.unet)
         self.backbone = self.unet
