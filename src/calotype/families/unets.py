@@ -66,7 +66,7 @@ class UNetModel(FamilyModel[UNetConditioning]):
         assert isinstance(self.unet, UNet)
         if isinstance(self.vae, Autoencoder):
             self.unet, vae = accelerate(self.unet, self.vae)
-            self.vae = vae
+            self.vae = vae  # pyright: ignore[reportIncompatibleVariableOverride]
         else:
             self.unet = OpenVinoUNet(self.unet)
         self.backbone = self.unet
