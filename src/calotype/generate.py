@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
@@ -177,8 +177,9 @@ def _picture(model: FamilyModel[C], decoded: Tensor, job: Job, k: int) -> Pictur
 class Model(Generic[C]):
     """A loaded model, as `calotype.load` returns it."""
 
-    def __init__(self, family: FamilyModel[C]) -> None:
+    def __init__(self, family: FamilyModel[C], *, storage_errors: Mapping[str, float] | None = None) -> None:
         self.family = family
+        self.storage_errors = dict(storage_errors or {})  # of parts kept in fewer bits, relative to what was read
         self.prompts = PromptCache[C]()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from test_unets import assert_near, assert_same
 from tiny_unets import kolors
 
 import calotype
+from calotype import loading
 from calotype.families.kolors import KolorsModel
+from calotype.nn.quantized import fill_quantized
 
 PROMPT, NEGATIVE = "一只红色的狐狸在雪地里, a red fox in the snow", "模糊, blurry"
 SIZE = {"width": 96, "height": 64}
@@ -54,3 +57,22 @@ def test_conditioning(tokenizer: Path, tmp_path: Path) -> None:
     assert_near(ours.text, text)
     assert ours.vector is not None
     assert_near(ours.vector[:, :32], pooled)
+
+
+@pytest.mark.parametrize(("bits", "error"), [("int8", 0.01), ("int4", 0.1)])
+def test_storage_in_fewer_bits(
+    bits: str, error: float, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder's states are off by no more than its matrices, and the model says by how much those are."""
+    kolors(tmp_path, tokenizer)
+    monkeypatch.setattr(loading, "fill_quantized", partial(fill_quantized, least=256))
+    exact, kept = calotype.load(tmp_path), calotype.load(tmp_path, storage={"chatglm": bits})
+    assert 0 < kept.storage_errors["chatglm"] < error
+    assert not exact.storage_errors
+    job = calotype.Request(prompt=PROMPT, **SIZE).complete(exact.family.defaults, seed=0)
+    with torch.inference_mode():
+        a, b = (model.family.condition(PROMPT, job, negative=False).text for model in (exact, kept))
+    assert 0 < float((a - b).norm() / a.norm()) < 3 * error
+    for storage, said in (({"chatglm": "int3"}, "int8, int4"), ({"vae": "int8"}, "unet, chatglm")):
+        with pytest.raises(calotype.RequestError, match=said):
+            calotype.load(tmp_path, storage=storage)

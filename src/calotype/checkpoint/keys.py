@@ -253,8 +253,14 @@ class Binding:
         With `mapped`, tensors that are stored as they are needed are views of the file. All others are read, piece by
         piece, into their place.
         """
+        return dict(self.tensors(weights, dtype, mapped=mapped))
+
+    def tensors(
+        self, weights: Weights, dtype: torch.dtype | None = None, *, mapped: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As `load`, one at a time. The whole layout is checked before the first."""
         names = self.resolve(weights)
-        return {item.ours: put_together(item, weights, names, dtype, mapped=mapped) for item in self.bound}
+        return ((item.ours, put_together(item, weights, names, dtype, mapped=mapped)) for item in self.bound)
 
     def save(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Their tensors from our state dict, one at a time: the inverse of `load`."""

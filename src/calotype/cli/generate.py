@@ -73,6 +73,9 @@ def generate(
     dtype: Annotated[str | None, _model("NAME", "float32, bfloat16 or float16.")] = None,
     memory: Annotated[str, _model("MODE", "auto, or resident: all weights are read at once.")] = "auto",
     backend: Annotated[str, _model("NAME", "torch, or openvino: the UNet families, faster on a CPU.")] = "torch",
+    storage: Annotated[
+        list[str] | None, _model("PART=TYPE", "Keep a part in int8 or int4, as chatglm=int4; repeat it for others.")
+    ] = None,
     out: Annotated[
         str | None,
         _output(
@@ -126,7 +129,9 @@ def generate(
     with show.waiting(f"loading {', '.join(sources) or 'the built-in model'}") if _local(sources) else nullcontext():
         from calotype.loading import load
 
-        loaded = load(*sources, device=device, dtype=dtype, memory=memory, backend=backend)
+        loaded = load(*sources, device=device, dtype=dtype, memory=memory, backend=backend, storage=_storage(storage))
+    for part, error in loaded.storage_errors.items():
+        _note(f"{part} is kept in fewer bits: its matrices are off by {error:.1%}")
     if drawn_by is not None and drawn_by != loaded.name:
         request = _adapted(request, loaded, given, f"{like} was drawn by {drawn_by}; this is {loaded.name}")
     cfg_scale = loaded.family.defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
@@ -171,6 +176,11 @@ def _adapted(request: Request, model: Model[Any], given: dict[str, Any], why: st
         why += ", which has no guidance input: embedded_guidance is left out"
     _note(why)
     return request
+
+
+def _storage(given: list[str] | None) -> dict[str, str]:
+    """PART=TYPE, as `load` takes them."""
+    return {part: kind for part, _, kind in (text.partition("=") for text in given or ())}
 
 
 def _note(text: str) -> None:

@@ -24,7 +24,8 @@ class Role:
     `tokenizer` that of its tokenizer ("" for none), `file` the name of its original file ("" where it has none; `{}` is
     the variant), `settings` are a part's in this family, where a single file says
     nothing; `where` tells a user who lacks it what to look for. Where one part may play several roles, `fits` says
-    which configurations are for this one. `upcast` keeps it out of float16, which it overflows.
+    which configurations are for this one. `upcast` keeps it out of float16, which it overflows; `quantisable` says that
+    its matrices may be kept in int8 or int4.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Role:
     settings: tuple[tuple[Part[Any], Settings], ...] = ()
     fits: Callable[[Any], bool] | None = None
     upcast: bool = False
+    quantisable: bool = False
 
     def settings_of(self, part: Part[Any]) -> Settings:
         return next((settings for owner, settings in self.settings if owner is part), {})

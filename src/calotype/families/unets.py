@@ -23,7 +23,6 @@ from calotype.sampling.guidance import Both
 from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 
-
 Vae = Autoencoder | TinyAutoencoder | OpenVinoAutoencoder
 
 

@@ -8,6 +8,7 @@ Nothing is copied that need not be: tensors stored as the network wants them sta
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from calotype.backends.openvino import require
 from calotype.checkpoint.embeddings import read_embedding
 from calotype.checkpoint.files import Weights
+from calotype.checkpoint.keys import put_together
 from calotype.errors import (
     LoadError,
     MissingPart,
@@ -34,11 +36,13 @@ from calotype.loading.describe import Description, PartDescription, describe
 from calotype.loading.gather import Chosen, Item, Opened, choose, gather
 from calotype.loading.manifests import manifest, manifests
 from calotype.loading.tokenizers import tokenizer_for
+from calotype.nn.quantized import Bits, QuantizedLinear, fill_quantized, relative_error
 
 __all__ = ["Description", "PartDescription", "convert", "describe", "load", "manifest", "manifests"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY = ("auto", "resident")
+STORAGES: dict[str, Bits] = {"int8": 8, "int4": 4}
 BACKENDS = ("torch", "openvino")
 Source = str | os.PathLike[str]
 
@@ -49,6 +53,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
     backend: str = "torch",
+    storage: Mapping[str, str] | None = None,
 ) -> Model[Any]:
     """The model that files, folders or a hub id hold between them, in any order; the built-in one if none is given.
 
@@ -58,18 +63,23 @@ def load(
     memory   "auto" leaves weights in their files until they are needed; "resident" reads all of them now
     backend  "torch", or "openvino" (the extra calotype[openvino]): the UNet families' steps and decoder on the CPU,
              faster than torch there and equal to rounding; graphs are compiled when a size is first met
+    storage  "int8" or "int4" for parts by name, as {"chatglm": "int4"}: their matrices are kept in groups of so many
+             bits and widened when used. `Model.storage_errors` holds how far they are from what was read
 
     Raises a LoadError that says what came, what was wanted and what to do.
     """
     target = _device(device)
     if memory not in MEMORY:
         raise RequestError("memory", memory, "one of " + ", ".join(MEMORY))
+    asked = _storage(storage or {})
     if backend not in BACKENDS:
         raise RequestError("backend", backend, "one of " + ", ".join(BACKENDS))
     if backend == "openvino":
         require()
         if target.type != "cpu":
             raise RequestError("device", str(target), "cpu: the backend openvino computes there")
+        if "unet" in asked:
+            raise RequestError("storage", "unet", "other parts with the backend openvino, which packs its own weights")
     opened = gather(sources)
     wanted = _dtype(opened.card.get("dtype") if dtype is None else dtype)
     family, chosen = _recognised(opened)
@@ -88,7 +98,8 @@ def load(
     tokenizers = {
         role: tokenizer_for(part, configs[role], opened) for role, part in chosen.items() if part.role.tokenizer
     }
-    networks = {role: _network(part, configs[role], wanted, memory) for role, part in chosen.items()}
+    stored = _bits(family, asked)
+    networks = {role: _network(part, configs[role], wanted, memory, stored.get(role)) for role, part in chosen.items()}
     if target.type != "cpu" and (memory == "resident" or _fits(list(networks.values()), target)):
         for network in networks.values():
             network.to(target)
@@ -108,7 +119,8 @@ def load(
         if not isinstance(model, UNetModel):
             raise RequestError("backend", backend, f"torch: OpenVINO runs the UNet families, and not {family.title}")
         model.run_with_openvino()
-    return Model(model)
+    errors = {role: quantised_error(networks[role], chosen[role], configs[role]) for role in stored}
+    return Model(model, storage_errors=errors)
 
 
 def _recognised(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
@@ -160,15 +172,52 @@ def _titles() -> str:
     return ", ".join(family.title for family in FAMILIES)
 
 
-def _network(part: Chosen, config: Any, dtype: torch.dtype | None, memory: str) -> nn.Module:  # noqa: ANN401
+def _storage(storage: Mapping[str, str]) -> dict[str, Bits]:
+    for role, kind in storage.items():
+        if kind not in STORAGES:
+            raise RequestError("storage", f"{role}={kind}", "a part with one of " + ", ".join(STORAGES))
+    return {role: STORAGES[kind] for role, kind in storage.items()}
+
+
+def _bits(family: Family, storage: dict[str, Bits]) -> dict[str, Bits]:
+    allowed = [role.name for role in family.roles if role.quantisable]
+    for role in storage:
+        if role not in allowed:
+            parts = "one of the parts " + ", ".join(allowed) if allowed else "nothing"
+            raise RequestError("storage", role, f"{parts} for {family.title}")
+    return storage
+
+
+def quantised_error(network: nn.Module, part: Chosen, config: Any) -> float:  # noqa: ANN401
+    """How far quantised matrices are from those in the file, |stored - read| / |read|, over every eighth of them."""
+    _, binding = part.found.bind(config)
+    names = binding.resolve(part.found.weights)
+    read = {item.ours: item for item in binding.bound}
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, QuantizedLinear)]
+    errors = [
+        relative_error(layer, put_together(read[f"{name}.weight"], part.found.weights, names, None, mapped=True))
+        for name, layer in layers[::8]
+    ]
+    return sum(errors) / len(errors) if errors else 0.0
+
+
+def _network(
+    part: Chosen,
+    config: Any,  # noqa: ANN401
+    dtype: torch.dtype | None,
+    memory: str,
+    bits: Bits | None,
+) -> nn.Module:
     """The part's network with its weights, in one dtype throughout."""
     found = part.found
     network, binding = found.bind(config)
     dtype = dtype or stored_dtype(found.weights)
     if dtype == torch.float16 and part.role.upcast and found.settings.get("force_upcast", True):
         dtype = torch.float32
-    state = binding.load(found.weights, dtype, mapped=memory == "auto")
-    network.load_state_dict(state, assign=True)
+    if bits is not None:
+        fill_quantized(network, binding.tensors(found.weights, dtype), bits)
+    else:
+        network.load_state_dict(binding.load(found.weights, dtype, mapped=memory == "auto"), assign=True)
     return network.requires_grad_(False).eval()
 
 

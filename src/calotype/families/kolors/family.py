@@ -97,6 +97,7 @@ FAMILY = Family(
         Role(
             name="unet",
             parts=(UNET,),
+            quantisable=True,
             folder="unet",
             file="unet.safetensors",
             where="the folder unet/ of Kwai-Kolors/Kolors",
@@ -104,6 +105,7 @@ FAMILY = Family(
         Role(
             name="chatglm",
             parts=(CHATGLM,),
+            quantisable=True,
             folder="text_encoder",
             tokenizer="tokenizer",
             where="the folder text_encoder/ of Kwai-Kolors/Kolors",

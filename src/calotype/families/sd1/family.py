@@ -106,6 +106,7 @@ FAMILY = Family(
         Role(
             name="unet",
             parts=(UNET,),
+            quantisable=True,
             folder="unet",
             file="unet.safetensors",
             where="a checkpoint such as v1-5-pruned-emaonly.safetensors, or the folder unet/ of a diffusers model",

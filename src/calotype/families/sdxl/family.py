@@ -136,6 +136,7 @@ FAMILY = Family(
         Role(
             name="unet",
             parts=(UNET,),
+            quantisable=True,
             folder="unet",
             file="unet.safetensors",
             where="a checkpoint such as sd_xl_base_1.0.safetensors, or the folder unet/ of a diffusers model",
