@@ -12,7 +12,8 @@ from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 from diffusers.pipelines.kolors.tokenizer import ChatGLMTokenizer
 from safetensors.torch import save_file
 from test_tokenizers import PROMPTS, published
-from tiny_chatglm import encoder, tokenizer_model
+from tiny_chatglm import encoder
+from tiny_glm import tokenizer_model
 from torch import Tensor
 
 from calotype.checkpoint.chatglm import CHATGLM, read_glm_tokenizer

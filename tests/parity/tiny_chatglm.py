@@ -1,15 +1,10 @@
-"""A tiny random ChatGLM3 as diffusers builds it, and a tokenizer of its kind."""
+"""A tiny random ChatGLM3 as diffusers builds it."""
 
 from __future__ import annotations
 
-import io
-import random
-
 import torch
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
-from tiny_flux import WORDS, randomised
-
-PIECES = 290  # three marks, 256 bytes, and what a few words need
+from tiny_flux import randomised
 
 
 def encoder(seed: int = 7, **settings: int) -> ChatGLMModel:
@@ -33,22 +28,3 @@ def encoder(seed: int = 7, **settings: int) -> ChatGLMModel:
     model = ChatGLMModel(config, empty_init=False)
     randomised(model, seed, spread=0.2)
     return model.to(torch.float32)
-
-
-def tokenizer_model(pieces: int = PIECES) -> bytes:
-    """A sentencepiece model of ChatGLM's form: pairs of bytes, no padding piece."""
-    from sentencepiece import SentencePieceTrainer
-
-    rng = random.Random(0)
-    sentences = [" ".join(rng.choices(WORDS, k=6)) for _ in range(200)]
-    made = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=made,
-        model_type="bpe",
-        vocab_size=pieces,
-        byte_fallback=True,
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return made.getvalue()

@@ -31,6 +31,7 @@ def layout(name: str, prefix: str, style: str) -> Layout[ChatGlmConfig]:
     """The language model's own files, which call the network `transformer`, or diffusers', which have it bare."""
     tokens = prefix + "embedding.word_embeddings.weight"
     first = prefix + "encoder.layers.0."
+    frequencies = prefix + "rotary_pos_emb.inv_freq"
 
     def config(evidence: Evidence) -> ChatGlmConfig:
         evidence.require(
@@ -46,13 +47,17 @@ def layout(name: str, prefix: str, style: str) -> Layout[ChatGlmConfig]:
         )
         inner = evidence.size(first + "self_attention.dense.weight", 1)
         shared = (evidence.size(first + "self_attention.query_key_value.weight") - inner) // 2
-        head_width = evidence.number("kv_channels", CHATGLM3_6B.head_width)
+        usual = 4 * evidence.size(frequencies) if frequencies in evidence.weights else CHATGLM3_6B.head_width
+        head_width = evidence.number("kv_channels", usual)
+        heads, groups = inner // head_width, shared // head_width
+        if heads % groups:
+            raise ValueError(f"{heads} heads cannot share {groups} heads of keys and values")
         return ChatGlmConfig(
             vocabulary=evidence.size(tokens),
             width=evidence.size(tokens, 1),
             layers=evidence.count(prefix + "encoder.layers.{i}."),
-            heads=inner // head_width,
-            groups=shared // head_width,
+            heads=heads,
+            groups=groups,
             head_width=head_width,
             mlp_width=evidence.size(first + "mlp.dense_4h_to_h.weight", 1),
         )
@@ -65,7 +70,7 @@ def layout(name: str, prefix: str, style: str) -> Layout[ChatGlmConfig]:
                 # The language model's end, behind the states that Kolors takes.
                 Extra(prefix + "encoder.final_layernorm.weight", (config.width,)),
                 Extra(prefix + "output_layer.weight", (config.vocabulary, config.width)),
-                Extra(prefix + "rotary_pos_emb.inv_freq", (config.head_width // 4,)),
+                Extra(frequencies, (config.head_width // 4,)),
             ),
         )
 
@@ -127,9 +132,10 @@ def read_glm_tokenizer(folder: Path, vocabulary: int = CHATGLM3_6B.vocabulary) -
     if size > MAX_TOKENIZER:
         raise DamagedFile(f"{path}: {size:,} bytes; a tokenizer has at most {MAX_TOKENIZER:,}")
     try:
-        processor = SentencePieceProcessor(model_proto=path.read_bytes())
-    except Exception as error:  # the library raises nothing more specific
-        raise DamagedFile(f"{path}: not a sentencepiece model: {error}; fetch it again") from error
+        processor = SentencePieceProcessor()
+        processor.LoadFromSerializedProto(path.read_bytes())
+    except RuntimeError as error:  # the library raises nothing more specific
+        raise DamagedFile(f"{path}: not a sentencepiece model, or cut short ({error}); fetch it again") from error
     tokenizer = GlmTokenizer(processor)
     if not vocabulary - MULTIPLE < tokenizer.vocabulary <= vocabulary:
         raise LoadError(
