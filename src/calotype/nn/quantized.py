@@ -154,7 +154,7 @@ def fill_quantized(
 ) -> None:
     """Give a network that was built on meta its tensors by name, quantising big linear layers as they come.
 
-    For loading: tensors are taken one by one, and none that was quantised is kept. Names and shapes are the network's;
+    For loading: tensors are taken one by one, and one that was quantised is let go before the next. Names and shapes are the network's;
     other ones raise RuntimeError.
     """
     for name, tensor in tensors:
@@ -167,6 +167,7 @@ def fill_quantized(
             _replace(network, place, QuantizedLinear.from_weight(tensor, owner.bias, bits))
         elif owner.load_state_dict({leaf: tensor}, strict=False, assign=True).unexpected_keys:
             raise RuntimeError(f"{name} is not in the network")
+        del tensor  # before the next one is made
 
 
 def _worth_it(module: nn.Module, least: int) -> bool:
