@@ -18,7 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
-from tiny_unets import LENGTH, SCHEDULE, sd1, sdxl
+from tiny_unets import LENGTH, SCHEDULE, sd1, sdxl, vae
 from torch import Tensor
 
 import calotype
@@ -160,3 +160,19 @@ def test_unets_and_encoders(tmp_path: Path) -> None:
         reference = pipeline.unet(x, time, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
         prepared = model.unet.prepare([conditioning.text], conditioning.vector, time)
         assert_near(model.unet(x, *prepared.at(0)), reference)
+
+
+def test_another_autoencoder_stands_before_the_models_own(tmp_path: Path) -> None:
+    """In any order; two that are given by themselves are one too many."""
+    sdxl(tmp_path / "sdxl")
+    other = vae(seed=9)
+    other.save_pretrained(tmp_path / "vae")
+    plain = calotype.load(tmp_path / "sdxl").family
+    with torch.inference_mode():
+        latent = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+        wanted = other.decode(latent / other.config.scaling_factor).sample / 2 + 0.5
+        for sources in ((tmp_path / "sdxl", tmp_path / "vae"), (tmp_path / "vae", tmp_path / "sdxl")):
+            assert_near(calotype.load(*sources).family.decode(latent), wanted)
+        assert not torch.allclose(plain.decode(latent), wanted)
+    with pytest.raises(calotype.CalotypeError, match="given twice"):
+        calotype.load(tmp_path / "sdxl", tmp_path / "vae", tmp_path / "vae")

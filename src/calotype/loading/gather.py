@@ -111,9 +111,12 @@ class Chosen:
 def choose(family: Family, opened: Opened) -> dict[str, Chosen]:
     """The parts that play each role of a family; those that are not there are left out.
 
-    Raises LoadError for a role given twice, UnexpectedKeys for tensors outside all parts.
+    A part given by itself stands before the same part of a whole model: so one gives another autoencoder. Raises
+    LoadError for a role given twice otherwise, UnexpectedKeys for tensors outside all parts.
     """
     chosen: dict[str, Chosen] = {}
+    held = {id(item): _companions(item, opened) for item in opened.items}
+    of: dict[str, Item] = {}
     for item in opened.items:
         rest = [key for key in item.detected.rest if not any(fnmatchcase(key, p) for p in family.harmless)]
         if item.detected.found and rest:
@@ -123,7 +126,21 @@ def choose(family: Family, opened: Opened) -> dict[str, Chosen]:
             if role is None:
                 continue
             if role.name in chosen:
-                first, second = chosen[role.name].found.weights.source, found.weights.source
-                raise LoadError(f"the {role.name} is given twice, by {first} and by {second}; leave one of them out")
+                earlier = held[id(of[role.name])]
+                if (earlier == 1) == (held[id(item)] == 1):
+                    first, second = chosen[role.name].found.weights.source, found.weights.source
+                    raise LoadError(
+                        f"the {role.name} is given twice, by {first} and by {second}; leave one of them out"
+                    )
+                if earlier == 1:
+                    continue
             chosen[role.name] = Chosen(role, found, item.group)
+            of[role.name] = item
     return chosen
+
+
+def _companions(item: Item, opened: Opened) -> int:
+    """How many parts the source that an item comes from holds."""
+    source = next((source for source in opened.sources if any(group is item.group for group in source.groups)), None)
+    groups = [item.group] if source is None else source.groups
+    return sum(len(each.detected.found) for each in opened.items if any(each.group is group for group in groups))
