@@ -78,8 +78,13 @@ def built_in_card() -> dict[str, Any] | None:
 
 
 def _names(running: list[tuple[Listed, Defaults]], field: str) -> list[tuple[str, str]]:
-    """By family, what this field of its defaults allows."""
-    return list(dict.fromkeys((item.family, ", ".join(getattr(defaults, field))) for item, defaults in running))
+    """What this field of the defaults allows, families that allow the same on one line."""
+    families: dict[str, list[str]] = {}
+    for item, defaults in running:
+        named = families.setdefault(", ".join(getattr(defaults, field)), [])
+        if item.family not in named:
+            named.append(item.family)
+    return [(", ".join(named), allowed) for allowed, named in families.items()]
 
 
 def _row(item: Listed, defaults: Defaults) -> tuple[str, ...]:
