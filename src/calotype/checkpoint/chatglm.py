@@ -77,10 +77,7 @@ def layout(name: str, prefix: str, style: str) -> Layout[ChatGlmConfig]:
     return Layout(
         name=name,
         style=style,
-        signature=Signature(
-            has=(tokens, first + "self_attention.query_key_value.weight"),
-            lacks=() if prefix else ("transformer." + tokens,),
-        ),
+        signature=Signature(has=(tokens, first + "self_attention.query_key_value.weight")),
         config=config,
         table=table,
         settings=settings,
@@ -116,6 +113,7 @@ def settings(config: ChatGlmConfig) -> dict[str, Any]:
 CHATGLM = Part(
     name="chatglm",
     network=ChatGlmEncoder,
+    # The longer names first: the shorter ones are found in them too.
     layouts=(layout("transformers", "transformer.", "original"), layout("diffusers", "", "diffusers")),
 )
 

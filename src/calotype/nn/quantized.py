@@ -154,8 +154,8 @@ def fill_quantized(
 ) -> None:
     """Give a network that was built on meta its tensors by name, quantising big linear layers as they come.
 
-    For loading: tensors are taken one by one, and one that was quantised is let go before the next. Names and shapes are the network's;
-    other ones raise RuntimeError.
+    For loading: tensors are taken one by one, and one that was quantised is let go before the next. Names and shapes
+    are the network's; other ones raise RuntimeError or AttributeError.
     """
     for name, tensor in tensors:
         place, _, leaf = name.rpartition(".")
