@@ -5,7 +5,7 @@
     ├── LoadError             a source that does not become a model
     │   ├── SourceNotFound        nothing at that path, or no such model on the hub
     │   ├── DamagedFile           a known format, cut short, inconsistent or hostile
-    │   ├── UnsafeFile            a pickle, where only tensors are accepted
+    │   ├── UnsafeFile            a pickle that asks for more than tensors
     │   ├── UnknownModel          a sound file that no family claims
     │   ├── UnsupportedModel      recognised by name, but not run (yet)
     │   ├── NotAModel             an adapter, ControlNet or other attachment given as a model
@@ -64,7 +64,7 @@ class DamagedFile(LoadError):
 
 
 class UnsafeFile(LoadError):
-    """A pickle, which can run code when read, where only tensors are accepted."""
+    """A pickle that names what no checkpoint needs, and might run code in a program that trusts it."""
 
 
 class UnknownModel(LoadError):

@@ -1,77 +1,81 @@
-"""Safetensors files: headers read strictly, tensors mapped from disk or read straight into their place.
+"""Files of tensors: headers read strictly, tensors mapped from disk or read straight into their place.
 
-A header is checked whole before anything else happens (its size, the number of tensors, their names, types and
-places), because a checkpoint comes from strangers. Tensors are views of a private mapping: nothing is copied, and a
-write to one never reaches the file.
+What a file is shows in its content, not in its name: safetensors here, what torch.save wrote in `pickles`. A header is
+checked whole before anything else happens (its size, the number of tensors, their names, types and places), because a
+checkpoint comes from strangers. Tensors are views of a private mapping: nothing is copied, and a write to one never
+reaches the file.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
-import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from calotype.errors import DamagedFile, SourceNotFound, UnsafeFile, UnsupportedModel
+from calotype.checkpoint.entries import (
+    DTYPES,
+    KEY,
+    MAX_HEADER,
+    MAX_SIDE,
+    MAX_TENSORS,
+    NAMES,
+    Entry,
+    Shape,
+    TensorFile,
+)
+from calotype.checkpoint.pickles import SUFFIXES as PICKLE_SUFFIXES
+from calotype.checkpoint.pickles import TorchFile, looks_saved_by_torch
+from calotype.errors import DamagedFile, SourceNotFound, UnsupportedModel
 
-MAX_HEADER = 16 * 2**20  # bytes; FLUX.1 needs 0.1 MB
-MAX_TENSORS = 200_000
-MAX_SIDE = 2**31
-KEY = re.compile(r"(?!.*(?:^|\.)__\w*__(?:\.|$))[\w.\-/:+<> ]{1,512}", re.ASCII)
-PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Shape = tuple[int, ...]
-
-
-class Entry(NamedTuple):
-    """One tensor's place: bytes `start` to `stop` of `file`."""
-
-    file: SafetensorsFile
-    key: str
-    dtype: torch.dtype
-    shape: Shape
-    start: int
-    stop: int
+__all__ = [
+    "DTYPES",
+    "MAX_HEADER",
+    "MAX_TENSORS",
+    "NAMES",
+    "PICKLE_SUFFIXES",
+    "Entry",
+    "SafetensorsFile",
+    "Shape",
+    "TensorFile",
+    "TorchFile",
+    "Weights",
+    "looks_saved_by_torch",
+    "open_tensors",
+]
 
 
-class SafetensorsFile:
-    """One file's header; its data is opened when the first tensor is asked for.
+def open_tensors(path: Path) -> TensorFile:
+    """A file of tensors in any format that is read here, told by its first bytes.
 
-    Raises SourceNotFound, UnsafeFile (a pickle), UnsupportedModel (another known format) or DamagedFile.
+    Raises SourceNotFound, UnsafeFile, UnsupportedModel or DamagedFile.
     """
+    if not path.is_file():
+        raise SourceNotFound(f"{path}: no such file")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(b"GGUF"):
+        raise UnsupportedModel(f"{path}: a GGUF file (quantised weights), not supported yet; take the safetensors file")
+    # The length of a safetensors header may look like a pickle's first bytes.
+    if start[8:] != b"{" and (looks_saved_by_torch(start) or path.suffix.lower() in PICKLE_SUFFIXES):
+        return TorchFile(path)
+    return SafetensorsFile(path)
+
+
+class SafetensorsFile(TensorFile):
+    """One file in the format of safetensors. Raises SourceNotFound or DamagedFile."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[str, Entry] = {}
-        self.metadata: dict[str, str] = {}
+        super().__init__(path)
         if not path.is_file():
             raise SourceNotFound(f"{path}: no such file")
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(9)
-            _refuse_other_formats(path, start)
             if len(start) < 9:
                 raise DamagedFile(f"{path}: {size} bytes, too short for a safetensors file; fetch it again")
             length = int.from_bytes(start[:8], "little")
@@ -131,30 +135,6 @@ class SafetensorsFile:
             )
         return Entry(self, key, DTYPES[dtype], tuple(shape), data_start + start, data_start + stop)
 
-    @cached_property
-    def mapping(self) -> mmap.mmap:
-        """The file as private memory: pages come from disk when touched, changes stay in this process."""
-        with self.path.open("rb") as file:
-            if sys.platform == "linux":
-                # MAP_NORESERVE (0x4000): a file larger than the free memory may be mapped too.
-                protection = mmap.PROT_READ | mmap.PROT_WRITE
-                return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | 0x4000, prot=protection)
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-def _refuse_other_formats(path: Path, start: bytes) -> None:
-    if start[8:] == b"{":
-        return  # The length of a safetensors header may look like a pickle's first bytes.
-    zipped = start.startswith(b"PK\x03\x04")
-    pickled = start[:1] == b"\x80" and start[1:2] in {b"\x02", b"\x03", b"\x04", b"\x05"}
-    if zipped or pickled or path.suffix.lower() in PICKLE_SUFFIXES:
-        raise UnsafeFile(
-            f"{path}: a pickle{' in a zip archive' if zipped else ''}, which can run code when read; only safetensors "
-            "files are accepted: look for a .safetensors file of the same model"
-        )
-    if start.startswith(b"GGUF"):
-        raise UnsupportedModel(f"{path}: a GGUF file (quantised weights), not supported yet; take the safetensors file")
-
 
 def _json(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -188,7 +168,7 @@ class Weights(Mapping[str, Entry]):
         """All tensors of several files; a key that two of them have raises DamagedFile."""
         entries: dict[str, Entry] = {}
         for path in paths:
-            for key, entry in SafetensorsFile(path).entries.items():
+            for key, entry in open_tensors(path).entries.items():
                 if key in entries:
                     raise DamagedFile(f"{path}: {key!r} is also in {entries[key].file.path.name}")
                 entries[key] = entry
@@ -220,11 +200,13 @@ class Weights(Mapping[str, Entry]):
         return merged
 
     def mapped(self, key: str) -> Tensor:
-        """The tensor as a view of the file: no copy, pages are read when touched."""
+        """The tensor as a view of the file: pages are read when touched. A copy only where its values lie scattered."""
         entry = self._entries[key]
         count = math.prod(entry.shape)
         if count == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.strides is not None:
+            return self._gathered(entry)
         if entry.start % entry.dtype.itemsize:
             # Written without alignment: views would be slow, or fail on some processors.
             out = torch.empty(entry.shape, dtype=entry.dtype)
@@ -242,15 +224,31 @@ class Weights(Mapping[str, Entry]):
         if out.numel() == 0:
             return
         assert out.is_contiguous()
+        first = row * math.prod(entry.shape[1:])
+        if entry.strides is not None:
+            out.view(-1).copy_(self._gathered(entry).view(-1)[first : first + out.numel()])
+            return
         target = out if out.dtype == entry.dtype else torch.empty(out.shape, dtype=entry.dtype)
-        view = target.reshape(-1).view(torch.uint8).numpy().data
-        row_bytes = (entry.stop - entry.start) // entry.shape[0] if entry.shape else 0
-        with entry.file.path.open("rb", buffering=0) as file:
-            file.seek(entry.start + row * row_bytes)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise DamagedFile(f"{entry.file.path}: ended within {entry.key!r}; was it changed while loading?")
-                view = view[count:]
+        _fill(target, entry, entry.start + first * entry.dtype.itemsize)
         if target is not out:
             out.copy_(target)
+
+    def _gathered(self, entry: Entry) -> Tensor:
+        """A tensor whose values lie scattered, put in order: a copy."""
+        assert entry.strides is not None
+        reach = 1 + sum((side - 1) * step for side, step in zip(entry.shape, entry.strides, strict=True))
+        span = torch.empty(reach, dtype=entry.dtype)
+        _fill(span, entry, entry.start)
+        return span.as_strided(entry.shape, entry.strides).contiguous()
+
+
+def _fill(target: Tensor, entry: Entry, start: int) -> None:
+    """Read a contiguous tensor of the entry's type from byte `start` of its file."""
+    view = target.reshape(-1).view(torch.uint8).numpy().data
+    with entry.file.path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while view:
+            count = file.readinto(view)
+            if not count:
+                raise DamagedFile(f"{entry.file.path}: ended within {entry.key!r}; was it changed while loading?")
+            view = view[count:]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+from calotype.checkpoint.files import PICKLE_SUFFIXES
 from calotype.checkpoint.sources import CARD, INDEX, read_json
 from calotype.errors import LoadError, SourceNotFound
 
@@ -20,31 +22,59 @@ SMALL = (
     "scheduler_config.json",
 )
 WEIGHTS = ("model*.safetensors", "diffusion_pytorch_model*.safetensors")
+PICKLED = ("pytorch_model*.bin", "diffusion_pytorch_model*.bin", "*.bin.index.json")
+VARIANTS = ("*.fp16.*", "*.non_ema.*")
 
 
 def looks_like_hub_id(source: str) -> bool:
     """Whether a source that is no local path could be a model's name: org/name, and no file."""
-    return NAME.fullmatch(source) is not None and not source.startswith(".") and not source.endswith(".safetensors")
+    file = Path(source).suffix.lower() in PICKLE_SUFFIXES | {".safetensors"}
+    return NAME.fullmatch(source) is not None and not source.startswith(".") and not file
 
 
 def fetch_model(name: str, folders: frozenset[str]) -> Path:
-    """The folder of a hub model: for a pipeline only the parts in `folders`, in safetensors, without its single files.
+    """The folder of a hub model: for a pipeline only the parts in `folders`, without its single files.
 
-    HF_HUB_OFFLINE is honoured. Raises SourceNotFound or LoadError.
+    Of a part that has no safetensors, its pickles are taken. HF_HUB_OFFLINE is honoured.
+    Raises SourceNotFound or LoadError.
     """
     index = _download(name, INDEX)
     if isinstance(index, Path):
         patterns = [INDEX, CARD]
-        for part in folders & set(read_json(index)):
-            patterns += [f"{part}/{pattern}" for pattern in (*SMALL, *WEIGHTS)]
+        files = _files(name)
+        for part in sorted(folders & set(read_json(index))):
+            patterns += _patterns(files, f"{part}/")
         return _download_folder(name, patterns)
     # Where the hub could not be asked, a part by itself may still be in the cache.
     if isinstance(_download(name, "config.json", cached=index is not None), Path):
-        return _download_folder(name, [*SMALL, *WEIGHTS])
+        return _download_folder(name, _patterns(_files(name), ""))
     raise index or SourceNotFound(
         f"{name}: this hub model has neither {INDEX} nor config.json; download the file you want "
         f"(hf download {name} FILE) and give its path"
     )
+
+
+def _files(name: str) -> list[str]:
+    """All files that the hub has of a model; none where it cannot be asked."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list_repo_files(name)
+    except Exception:
+        # What the library beneath raises without a connection differs between versions. The download that follows
+        # takes what is in the cache, whichever format that has, or says what is wrong.
+        return []
+
+
+def _patterns(files: list[str], folder: str) -> list[str]:
+    """What to download of a part, from the files that there are."""
+
+    def present(patterns: tuple[str, ...]) -> bool:
+        held = [file for file in files if not any(fnmatchcase(file, variant) for variant in VARIANTS)]
+        return any(fnmatchcase(file, folder + pattern) for file in held for pattern in patterns)
+
+    pickled = PICKLED if present(PICKLED) and not present(WEIGHTS) else ()
+    return [folder + pattern for pattern in (*SMALL, *WEIGHTS, *pickled)]
 
 
 def fetch_tokenizer(name: str, files: tuple[str, ...]) -> Path:
@@ -81,7 +111,7 @@ def _download_folder(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=list(VARIANTS)))
     except (OSError, ValueError) as error:
         raise _explained(name, error) from error
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from calotype.checkpoint.files import PICKLE_SUFFIXES, SafetensorsFile, Weights
+from calotype.checkpoint.files import PICKLE_SUFFIXES, Weights, looks_saved_by_torch, open_tensors
 from calotype.checkpoint.layouts import Settings
-from calotype.errors import DamagedFile, SourceNotFound, UnsafeFile
+from calotype.errors import DamagedFile, SourceNotFound
 
 INDEX = "model_index.json"
 SCHEDULER = "scheduler_config.json"
 CARD = "calotype.json"  # a model folder's own variant and defaults
-SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+SHARDS_INDEX = re.compile(r".*\.index(\.\w+)?\.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 UNUSED = frozenset({"safety_checker", "feature_extractor", "image_encoder"})  # parts of pipelines that do not draw
-OWN_NAMES = ("model", "diffusion_pytorch_model")  # files that are part of a folder with a config.json
+# The files of a folder with a config.json, and all that may take their place: shards, variants.
+SAFETENSORS = (("diffusion_pytorch_model.safetensors", "model.safetensors"), "*.safetensors")
+PICKLES = (("diffusion_pytorch_model.bin", "pytorch_model.bin"), "*pytorch_model*.bin")
+OWN_NAMES = frozenset(name.split(".")[0] for names, _ in (SAFETENSORS, PICKLES) for name in names)
+# What a trainer leaves beside a model.
+TRAINING = re.compile(r"(optimizer|scheduler|training_args|rng_state|random_states|scaler)(_\d+)?\.\w+")
 MAX_JSON = 16 * 2**20
 
 
@@ -100,15 +106,13 @@ def _group(name: str, files: Iterable[Path], settings: Settings, place: Path, co
 
 def _shards(path: Path) -> list[Path]:
     """The files of a sharded part, from one of them or from its index; a file that stands alone gives itself."""
-    if path.name.endswith(".index.json"):
+    if SHARDS_INDEX.fullmatch(path.name):
         return _indexed(path)
     match = SHARD.fullmatch(path.name)
     if match is None:
         return [path]
-    stem, total = match[1], int(match[3])
-    files = [
-        path.with_name(f"{stem}-{number + 1:05}-of-{total:05}.safetensors") for number in range(min(total, 10_000))
-    ]
+    stem, total, suffix = match[1], int(match[3]), match[4]
+    files = [path.with_name(f"{stem}-{number + 1:05}-of-{total:05}.{suffix}") for number in range(min(total, 10_000))]
     for file in files:
         if not file.is_file():
             raise SourceNotFound(f"{file}: this shard is missing; {path.name} is one of {total}, which belong together")
@@ -126,7 +130,7 @@ def _indexed(index: Path) -> list[Path]:
         if not (index.parent / name).is_file():
             raise SourceNotFound(f"{index.parent / name}: this shard is missing, though {index.name} lists it")
         files.append(index.parent / name)
-    present = {key for file in files for key in SafetensorsFile(file).entries}
+    present = {key for file in files for key in open_tensors(file).entries}
     lost = sorted(set(names) - present)  # pyright: ignore[reportUnknownArgumentType]
     if lost:
         raise DamagedFile(f"{index}: {len(lost)} tensors that it lists are in none of its shards, first {lost[0]!r}")
@@ -145,13 +149,7 @@ def _folder(path: Path, name: str) -> Source:
     if (path / CARD).is_file():
         source.card = read_json(path / CARD)
     if not source.groups and not source.tokenizers and source.scheduler is None:
-        pickles = sorted(child.name for child in path.iterdir() if child.suffix in PICKLE_SUFFIXES)
-        if pickles:
-            raise UnsafeFile(
-                f"{path}: it holds only {pickles[0]}, a pickle, which can run code when read; look for a version with "
-                ".safetensors files"
-            )
-        raise SourceNotFound(f"{path}: no .safetensors file in this folder")
+        raise SourceNotFound(f"{path}: no file of tensors in this folder (.safetensors, .ckpt, .pt, .pth, .bin)")
     return source
 
 
@@ -160,7 +158,7 @@ def _take(source: Source, folder: Path, name: str, component: str = "") -> None:
     if (folder / SCHEDULER).is_file():
         source.scheduler = read_json(folder / SCHEDULER)
     config = folder / "config.json"
-    files = list(_part_files(folder)) if config.is_file() else []
+    files = _part_files(folder) if config.is_file() else []
     if files:
         source.groups.append(_group(name, files, read_json(config), folder, component))
         return
@@ -168,30 +166,43 @@ def _take(source: Source, folder: Path, name: str, component: str = "") -> None:
         source.tokenizers.append(folder)
         return
     seen: set[Path] = set()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")) or _loose_pickles(folder):
         if file not in seen:
             shards = _shards(file)
             seen.update(shards)
             source.groups.append(_group(f"{name}/{file.name}", shards, {}, folder, component))
 
 
-def _part_files(folder: Path) -> Iterator[Path]:
-    """The weights of a part's folder: sharded, or one file; of several variants the plain one."""
-    plain = [folder / f"{name}.safetensors" for name in reversed(OWN_NAMES)]
-    indexes = sorted(folder.glob("*.safetensors.index.json"), key=lambda index: (index.name.count("."), index.name))
-    every = sorted(folder.glob("*.safetensors"))
-    chosen = next((file for file in plain if file.is_file()), None)
-    if chosen is not None:
-        yield chosen
-    elif indexes:
-        yield from _indexed(indexes[0])
-    elif len(every) == 1:
-        yield every[0]
-    elif every:
-        shards = _shards(every[0])
-        if set(shards) != set(every):
-            raise DamagedFile(f"{folder}: it holds several versions ({', '.join(f.name for f in every[:3])}): name one")
-        yield from shards
+def _loose_pickles(folder: Path) -> list[Path]:
+    """What torch.save wrote into a folder without safetensors, told by content: much else is called .bin."""
+    found: list[Path] = []
+    for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES and file.is_file()):
+        with file.open("rb") as opened:
+            if looks_saved_by_torch(opened.read(9)) and not TRAINING.fullmatch(file.name):
+                found.append(file)
+    return found
+
+
+def _part_files(folder: Path) -> list[Path]:
+    """The weights of a part's folder: safetensors before pickles, one file before shards, variants last."""
+    return _files_as(folder, *SAFETENSORS) or _files_as(folder, *PICKLES)
+
+
+def _files_as(folder: Path, names: tuple[str, ...], pattern: str) -> list[Path]:
+    """The weights of a folder in one format."""
+    plain = next((folder / name for name in names if (folder / name).is_file()), None)
+    if plain is not None:
+        return [plain]
+    indexes = sorted(folder.glob(f"{pattern}.index*.json"), key=lambda index: (index.name.count("."), index.name))
+    if indexes:
+        return _indexed(indexes[0])
+    every = sorted(folder.glob(pattern))
+    if not every:
+        return []
+    shards = _shards(every[0])
+    if set(shards) != set(every):
+        raise DamagedFile(f"{folder}: it holds several versions ({', '.join(f.name for f in every[:3])}): name one")
+    return shards
 
 
 def _pipeline(path: Path, name: str) -> Source:
@@ -203,14 +214,7 @@ def _pipeline(path: Path, name: str) -> Source:
         folder = path / component
         if not named or component in UNUSED or Path(component).name != component or not folder.is_dir():
             continue
-        before = len(source.groups), len(source.tokenizers)
         _take(source, folder, f"{name}/{component}", component)
-        pickles = [child for child in folder.iterdir() if child.suffix in PICKLE_SUFFIXES]
-        if before == (len(source.groups), len(source.tokenizers)) and pickles and component != "scheduler":
-            raise UnsafeFile(
-                f"{folder}: it holds only {pickles[0].name}, a pickle, which can run code when read; "
-                "look for a version with .safetensors files"
-            )
     if (path / CARD).is_file():
         source.card = read_json(path / CARD)
     return source

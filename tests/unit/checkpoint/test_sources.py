@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -99,15 +100,82 @@ def test_loose_files_in_a_folder_are_taken_each_by_itself(tmp_path: Path) -> Non
     assert {tokenizer.name for tokenizer in source.tokenizers} == {"tokenizer", "tokenizer_2"}
 
 
-def test_pickles_and_empty_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SourceNotFound, match=r"no \.safetensors"):
+def as_pickle(file: Path, name: str) -> Path:
+    """A safetensors file as torch.save writes it, under another name in the same folder."""
+    path = file.with_name(name)
+    torch.save(load_file(file), path)
+    return path
+
+
+def test_an_empty_folder_says_what_it_lacks(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(bytes(64))  # of another program
+    with pytest.raises(SourceNotFound, match=r"no file of tensors in this folder"):
         open_source(tmp_path)
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UnsafeFile, match=r"pytorch_model\.bin, a pickle"):
-        open_source(tmp_path)
+
+
+def test_a_pickle_that_asks_for_code_is_refused_wherever_it_lies(tmp_path: Path) -> None:
     folder = tiny.pipeline(tmp_path / "model")
-    for file in (folder / "vae").iterdir():
-        torch.save(load_file(file), file.with_suffix(".bin")) if file.suffix == ".safetensors" else None
+    evil = folder / "vae" / "diffusion_pytorch_model.bin"
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1), "b": print}, evil)
+    for source in (folder, folder / "vae", evil):
+        with pytest.raises(UnsafeFile, match=r"print"):
+            open_source(source)
+
+
+def test_pickles_stand_in_where_there_are_no_safetensors(tmp_path: Path) -> None:
+    folder = tiny.pipeline(tmp_path / "model")
+    wanted = {group.component: group.weights.shapes for group in open_source(folder).groups}
+    for part, name in (("vae", "diffusion_pytorch_model.bin"), ("text_encoder", "pytorch_model.bin")):
+        (file,) = (folder / part).glob("*.safetensors")
+        as_pickle(file, name)
         file.unlink()
-    with pytest.raises(UnsafeFile, match=r"vae: it holds only diffusion_pytorch_model\.bin"):
-        open_source(folder)
+    groups = {group.component: group for group in open_source(folder).groups}
+    assert {part: group.weights.shapes for part, group in groups.items()} == wanted
+    assert [file.name for file in groups["vae"].weights.files] == ["diffusion_pytorch_model.bin"]
+    (alone,) = open_source(folder / "text_encoder" / "pytorch_model.bin").groups
+    assert alone.settings == groups["text_encoder"].settings != {}
+
+
+def test_safetensors_come_before_pickles_and_whole_files_before_variants(tmp_path: Path) -> None:
+    folder = tiny.pipeline(tmp_path / "model") / "vae"
+    safe = folder / "diffusion_pytorch_model.safetensors"
+    names = ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"]
+    for name in names:
+        as_pickle(safe, name)
+    safe.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    safe = folder / "diffusion_pytorch_model.fp16.safetensors"
+    for wanted in [safe.name, *names]:
+        (group,) = open_source(folder).groups
+        assert [file.name for file in group.weights.files] == [wanted]
+        (folder / wanted).unlink()
+
+
+def test_shards_may_be_pickles(tmp_path: Path) -> None:
+    index, shards = sharded(tmp_path)
+    named = {
+        shard.name: shard.name.replace("model-", "pytorch_model-").replace("safetensors", "bin") for shard in shards
+    }
+    for shard in shards:
+        as_pickle(shard, named[shard.name])
+        shard.unlink()
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.unlink()
+    index = tmp_path / "pytorch_model.bin.index.json"
+    tiny.write_json(index, {"weight_map": {key: named[file] for key, file in weight_map.items()}})
+    for path in (tmp_path, index, tmp_path / named[shards[1].name]):
+        (group,) = open_source(path).groups
+        assert set(group.weights) == set(weight_map)
+        assert {file.name for file in group.weights.files} == set(named.values())
+    (tmp_path / named[shards[2].name]).unlink()
+    with pytest.raises(SourceNotFound, match="pytorch_model-00003-of-00003.bin: this shard is missing"):
+        open_source(tmp_path)
+
+
+def test_loose_pickles_count_where_nothing_safer_lies_beside_them(tmp_path: Path) -> None:
+    for name in ("a.ckpt", "b.pt", "optimizer.pt", "rng_state_0.pth", "training_args.bin"):
+        torch.save({name[0]: torch.zeros(1)}, tmp_path / name)
+    (tmp_path / "openvino_model.bin").write_bytes(bytes(64))
+    assert [list(group.weights) for group in open_source(tmp_path).groups] == [["a"], ["b"]]
+    save_file({"safe": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert [list(group.weights) for group in open_source(tmp_path).groups] == [["safe"]]
