@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import date
 from importlib.machinery import ModuleSpec
@@ -90,7 +90,7 @@ def stand_in(name: str, classes: tuple[str, ...]) -> None:
 
 
 @contextmanager
-def torchvision() -> Iterator[None]:
+def torchvision() -> Generator[None]:
     """A torchvision to import one name from, which only regional prompts use, where the real one is not installed."""
     if importlib.util.find_spec("torchvision") is not None:
         yield
@@ -137,6 +137,18 @@ def difference(ours: Tensor, theirs: Tensor) -> dict[str, float]:
     }
 
 
+def tap(owner: Any, name: str, kept: list[Tensor]) -> None:  # noqa: ANN401
+    """Keep what a function of the owner gives."""
+    function = getattr(owner, name)
+
+    def run(*positional: Any, **named: Any) -> Tensor:
+        kept.append(function(*positional, **named))
+        return kept[-1]
+
+    vars(owner)[name] = run
+    getattr(owner, "_modules", {}).pop(name, None)
+
+
 @torch.inference_mode()
 def compare(model: Sd1Model, pipeline: Any, side: int, steps: int) -> dict[str, Any]:
     request = calotype.Request(
@@ -171,6 +183,9 @@ def compare(model: Sd1Model, pipeline: Any, side: int, steps: int) -> dict[str, 
     latent = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(SEED + 1)) * 0.8
     result["decoder"] = difference(model.decode(latent) * 2 - 1, pipeline.vae_decoder(latent))
 
+    decoded: list[Tensor] = []
+    tap(model, "decode", decoded)
+    tap(pipeline, "vae_decoder", decoded)
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     drawn = calotype.Model(model).generate(request)
@@ -189,7 +204,10 @@ def compare(model: Sd1Model, pipeline: Any, side: int, steps: int) -> dict[str, 
     seconds["diffsynth"] = round(time.perf_counter() - start, 2)
     a, b = np.asarray(drawn, dtype=int), np.asarray(reference, dtype=int)
     shares = {str(level): float((a - b == level).mean()) for level in sorted(set((a - b).ravel().tolist()))}
+    mine, theirs = (decoded[0][0] * 255).clip(0, 255), ((decoded[1][0] / 2 + 0.5) * 255).clip(0, 255)
     result["picture"] = {
+        "largest difference before rounding, of 255": float((mine - theirs).abs().max()),
+        "root mean square difference before rounding, of 255": float((mine - theirs).square().mean().sqrt()),
         "largest difference of 255": int(abs(a - b).max()),
         "share of values at each difference (Calotype rounds, DiffSynth cuts off)": shares,
         "spread of DiffSynth's values, of 255": float(b.std()),

@@ -8,6 +8,7 @@ other interpreters too, so that nothing is imported before a contestant's own cl
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -136,7 +137,7 @@ def diffusers(settings: Settings, times: Times) -> None:
         times.marks.append(clock())
         return tensors
 
-    picture = pipeline(
+    drawn: Any = pipeline(
         settings.prompt,
         height=settings.side,
         width=settings.side,
@@ -144,9 +145,9 @@ def diffusers(settings: Settings, times: Times) -> None:
         guidance_scale=settings.cfg_scale,
         generator=torch.Generator().manual_seed(settings.seed),
         callback_on_step_end=mark,
-    ).images[0]
+    )
     times.end = clock()
-    picture.save(settings.picture)
+    drawn.images[0].save(settings.picture)
 
 
 def convert_openvino(settings: Settings, times: Times) -> None:
@@ -232,18 +233,18 @@ def sdcpp(settings: Settings, times: Times) -> None:
     """stable-diffusion.cpp. Its two passes a step stay two; it reads the single file."""
     import ctypes
 
-    import stable_diffusion_cpp as library
+    library: Any = importlib.import_module("stable_diffusion_cpp")
 
     said: list[tuple[float, str]] = []
 
-    @library.sd_log_callback
-    def listen(level: int, text: bytes, data: ctypes.c_void_p) -> None:
+    def listen(_level: int, text: bytes, _data: ctypes.c_void_p) -> None:
         said.append((clock(), text.decode(errors="replace")))
 
     model = library.StableDiffusion(
         model_path=settings.file, n_threads=settings.threads, vae_decode_only=True, verbose=True, **settings.more
     )
-    library.sd_set_log_callback(listen, ctypes.c_void_p(0))
+    callback = library.sd_log_callback(listen)
+    library.sd_set_log_callback(callback, ctypes.c_void_p(0))
     times.loaded = clock()
     pictures = model.generate_image(
         prompt=settings.prompt,
