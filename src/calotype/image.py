@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from calotype.errors import MetadataError, OutputError, RequestError
-from calotype.request import FINGERPRINT, Job, Request
+from calotype.request import FINGERPRINT, SIZES, Job, Request, fingerprint
 from calotype.version import VERSION
 
 if TYPE_CHECKING:
@@ -44,10 +44,11 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: str | Path, field: str = "picture") -> Image.Image:
     """A user's picture, fully decoded. Only PNG, JPEG and WebP of at most 64 million pixels are read.
 
-    Raises RequestError naming the file and what is wrong with it; the size is checked before anything is decoded.
+    Raises RequestError naming the field, the file and what is wrong with it; the size is checked before anything is
+    decoded.
     """
     try:
         with warnings.catch_warnings():
@@ -56,16 +57,16 @@ def open_picture(path: str | Path) -> Image.Image:
             opened = Image.open(path, formats=FORMATS)
         with opened as picture:
             if picture.width * picture.height > MOST_PIXELS:
-                raise _unreadable(path, f"it has {picture.width} x {picture.height}")
+                raise _unreadable(field, path, f"it has {picture.width} x {picture.height}")
             picture.load()
     except UnidentifiedImageError:
-        raise _unreadable(path, "it is none of these") from None
+        raise _unreadable(field, path, "it is none of these") from None
     except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from error
+        raise _unreadable(field, path, error.strerror or str(error)) from error
     except (Image.DecompressionBombError, SyntaxError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
-        raise _unreadable(path, str(error)) from error
+        raise _unreadable(field, path, str(error)) from error
     return picture
 
 
@@ -75,8 +76,10 @@ def input_picture(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
     Raises RequestError naming what cannot be read.
     """
     if isinstance(given, str) and given.startswith(FINGERPRINT):
-        raise RequestError("input_image", given, "the picture itself: this is only the mark by which it is known")
-    picture = given if isinstance(given, Image.Image) else open_picture(Path(given))
+        raise RequestError(
+            "input_image", given, "the picture itself (--input-image FILE): this is only the mark by which it is known"
+        )
+    picture = given if isinstance(given, Image.Image) else open_picture(Path(given), "input_image")
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
@@ -84,16 +87,17 @@ def input_picture(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def _unreadable(path: str | Path, why: str) -> RequestError:
-    return RequestError("picture", str(path), f"a PNG, JPEG or WebP file of at most {MOST_PIXELS:,} pixels; {why}")
+def _unreadable(field: str, path: str | Path, why: str) -> RequestError:
+    return RequestError(field, str(path), f"a PNG, JPEG or WebP file of at most {MOST_PIXELS:,} pixels; {why}")
 
 
 def embed_metadata(picture: Image.Image, job: Job, *, model: str, source: str) -> None:
     """Note in `picture.info` what made it, as `save` writes it: an A1111 `parameters` text and a `calotype` JSON."""
     picture.info[A1111_KEY] = a1111_parameters(job, model)
-    picture.info[KEY] = json.dumps(
-        {"version": VERSION, "model": model, "source": source, "job": job.to_dict()}, ensure_ascii=False
-    )
+    record: dict[str, Any] = {"version": VERSION, "model": model, "source": source, "job": job.to_dict()}
+    if job.input_image is not None:
+        record["started_from"] = fingerprint(job.input_image)  # a path may come to lead to another picture
+    picture.info[KEY] = json.dumps(record, ensure_ascii=False)
 
 
 def a1111_parameters(job: Job, model: str) -> str:
@@ -125,8 +129,9 @@ def _quoted(value: object) -> str:
 
 
 def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
-    """The request that drew a picture, and the record it comes from (version, model, source, job).
+    """The request that drew a picture, and the record it comes from (version, model, source, job, started_from).
 
+    Sizes that a model was told only because they follow from the picture's own are left open, to follow another.
     Raises MetadataError where the file holds none, or none that can be read; RequestError for what is no picture.
     """
     picture = open_picture(path)
@@ -138,6 +143,10 @@ def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
         job = dict(record["job"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MetadataError(f"{path}: its `{KEY}` text is damaged ({error}); nothing can be read from it") from error
+    width, height = job.get("width"), job.get("height")
+    for name, usual in zip(SIZES, (width, height, 0, 0, width, height), strict=True):
+        if job.get(name) == usual:
+            job[name] = None
     return Request.from_dict({name: value for name, value in job.items() if value is not None}), record
 
 

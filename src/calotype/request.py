@@ -78,7 +78,8 @@ class Defaults:
 
     `grain` is the number of pixels that both sides must be a multiple of; `samplers` and `schedules` are the names
     that the family's process allows; `text_tokens` and `clip_skip` are None where a request cannot choose them; `sizes`
-    says whether the network is told sizes and a crop; `denoising_strength` is for requests with an input image.
+    says whether the network is told sizes and a crop; `shifts` whether schedules can be shifted;
+    `denoising_strength` is for requests with an input image.
     """
 
     width: int
@@ -95,7 +96,23 @@ class Defaults:
     schedules: tuple[str, ...]
     clip_skip: int | None = None
     sizes: bool = False
+    shifts: bool = False
     denoising_strength: float = 0.7
+
+    @property
+    def useless(self) -> dict[str, str]:
+        """The fields that a request to this model must leave at None, and why."""
+        found: dict[str, str] = {}
+        if self.embedded_guidance is None:
+            found["embedded_guidance"] = "this model has no guidance input; use cfg_scale"
+        for field in ("text_tokens", "clip_skip"):
+            if getattr(self, field) is None:
+                found[field] = "this model leaves no choice there"
+        if not self.shifts:
+            found["shift"] = "this model's schedules have no shift; choose another schedule"
+        if not self.sizes:
+            found |= dict.fromkeys(SIZES, "this model is not told sizes")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +121,7 @@ class Job:
 
     What a model has no use for stays None: `embedded_guidance`, `shift` (also where the schedule derives it from the
     size, as FLUX.1 dev does), `text_tokens`, `clip_skip`, the sizes that SDXL is told. `input_image` is an RGB picture
-    of the job's own size.
+    of the job's own size, `input_name` the path that it came from, or its fingerprint.
     """
 
     prompt: str
@@ -123,6 +140,7 @@ class Job:
     text_tokens: int | None
     clip_skip: int | None = None
     input_image: Image.Image | None = None
+    input_name: str | None = None
     denoising_strength: float | None = None
     original_width: int | None = None
     original_height: int | None = None
@@ -136,8 +154,10 @@ class Job:
         return Size(self.width, self.height)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for metadata; a picture is named by its fingerprint."""
-        return _plain(self)
+        """Plain values under the names of a request, for metadata; a picture is named by its path or fingerprint."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["input_image"] = values.pop("input_name")
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +177,8 @@ class Request:
     shift              how far a flow schedule leans to the noisy side; None follows the family
     text_tokens        length of the sequence that T5 or ChatGLM reads
     clip_skip          which of CLIP's layers is taken, from the end: 1 the last, 2 the one before it
-    input_image        a picture to start from (a PIL image, or the path of one), resized to the request's size; where
-                       that is not given either, a size of the picture's proportions and the family's usual area
+    input_image        a picture to start from (a PIL image, or the path of one), resized to the request's size; a
+                       side that is not given follows the picture's proportions, and both the family's usual area
     denoising_strength 0..1, exclusive of 0: how far the input image is taken back to noise. All `steps` are taken over
                        that part of the way
     original_width, original_height, crop_left, crop_top, target_width, target_height
@@ -220,14 +240,17 @@ class Request:
             value = getattr(self, field)
             if value is not None:
                 _real(field, value, low, high)
-        if self.input_image is not None and not (
-            isinstance(self.input_image, (str, os.PathLike)) or hasattr(self.input_image, "tobytes")
-        ):
-            raise RequestError("input_image", self.input_image, "a PIL image, or the path of a picture")
+        if self.input_image is not None and not isinstance(self.input_image, (str, os.PathLike)):
+            from PIL import Image
+
+            if not isinstance(self.input_image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise RequestError("input_image", self.input_image, "a PIL image, or the path of a picture")
         if self.denoising_strength is not None:
             _real("denoising_strength", self.denoising_strength, 0, 1)
             if self.denoising_strength == 0:
-                raise RequestError("denoising_strength", 0, "more than 0: nothing of the picture would change")
+                raise RequestError(
+                    "denoising_strength", self.denoising_strength, "more than 0: nothing of the picture would change"
+                )
             if self.input_image is None:
                 raise RequestError("denoising_strength", self.denoising_strength, "None without an input_image")
 
@@ -244,7 +267,10 @@ class Request:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without the fields left to the family; a picture is named by its path or its fingerprint."""
-        return {name: value for name, value in _plain(self).items() if value is not None}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.input_image is not None:
+            values["input_image"] = _name(self.input_image)
+        return {name: value for name, value in values.items() if value is not None}
 
     def complete(self, defaults: Defaults, seed: int, picture: Image.Image | None = None) -> Job:
         """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
@@ -254,8 +280,8 @@ class Request:
         """
         assert (picture is None) == (self.input_image is None)
         usual = Size(defaults.width, defaults.height)
-        if picture is not None and self.width is None and self.height is None:
-            usual = Size(*picture.size).of_area(usual.width * usual.height, defaults.grain)
+        if picture is not None:
+            usual = _in_proportion(Size(*picture.size), self.width, self.height, usual, defaults.grain)
         width = usual.width if self.width is None else self.width
         height = usual.height if self.height is None else self.height
         nearest = Size(width, height).nearest(defaults.grain)
@@ -268,25 +294,18 @@ class Request:
         schedule = defaults.schedule if self.schedule is None else self.schedule
         if schedule not in defaults.schedules:
             raise RequestError("schedule", schedule, "one of " + ", ".join(defaults.schedules))
-        if self.embedded_guidance is not None and defaults.embedded_guidance is None:
-            raise RequestError(
-                "embedded_guidance",
-                self.embedded_guidance,
-                "None: this model has no guidance input; use cfg_scale",
-            )
-        for field in ("text_tokens", "clip_skip"):
-            if getattr(self, field) is not None and getattr(defaults, field) is None:
-                raise RequestError(field, getattr(self, field), "None: this model leaves no choice there")
+        for field, why in defaults.useless.items():
+            if getattr(self, field) is not None:
+                raise RequestError(field, getattr(self, field), f"None: {why}")
         told = {name: getattr(self, name) for name in SIZES}
         if defaults.sizes:
             usually = (width, height, 0, 0, width, height)
             told = {name: told[name] if told[name] is not None else u for name, u in zip(SIZES, usually, strict=True)}
-        for field, value in told.items():
-            if value is not None and not defaults.sizes:
-                raise RequestError(field, value, "None: this model is not told sizes")
-        strength = None
+        strength = name = None
         if picture is not None:
-            picture = picture.resize((width, height), _LANCZOS) if picture.size != (width, height) else picture
+            assert self.input_image is not None
+            name = _name(self.input_image)
+            picture = resized(picture, Size(width, height))
             strength = self.denoising_strength or defaults.denoising_strength
         return Job(
             prompt=self.prompt,
@@ -307,6 +326,7 @@ class Request:
             text_tokens=defaults.text_tokens if self.text_tokens is None else self.text_tokens,
             clip_skip=defaults.clip_skip if self.clip_skip is None else self.clip_skip,
             input_image=picture,
+            input_name=name,
             denoising_strength=None if strength is None else float(strength),
             **told,
         )
@@ -316,17 +336,39 @@ SIZES = ("original_width", "original_height", "crop_left", "crop_top", "target_w
 _LANCZOS = 1  # PIL.Image.Resampling.LANCZOS, without importing it
 
 
-def _plain(values: Request | Job) -> dict[str, Any]:
-    """The fields as plain values; a picture by its path, or by the hash of what it shows."""
-    out = {field.name: getattr(values, field.name) for field in fields(values)}
-    picture = out["input_image"]
-    if isinstance(picture, os.PathLike):
-        out["input_image"] = os.fspath(picture)
-    elif picture is not None and not isinstance(picture, str):
-        shown = picture.convert("RGB")
-        content = f"{shown.width}x{shown.height} ".encode() + shown.tobytes()
-        out["input_image"] = f"{FINGERPRINT}{hashlib.sha256(content).hexdigest()}"
-    return out
+def _in_proportion(picture: Size, width: int | None, height: int | None, usual: Size, grain: int) -> Size:
+    """A size for a job that starts from a picture, where its request leaves sides open."""
+    if width is not None and height is not None:
+        return usual
+    if width is not None:
+        found = Size(width, round(width * picture.height / picture.width)).nearest(grain)
+    elif height is not None:
+        found = Size(round(height * picture.width / picture.height), height).nearest(grain)
+    else:
+        found = picture.of_area(usual.width * usual.height, grain)
+    if max(found.width, found.height) > MAX_SIDE:
+        raise RequestError(
+            "input_image", f"{picture} pixels", f"milder proportions: {found} would follow; give width and height"
+        )
+    return found
+
+
+def resized(picture: Image.Image, size: Size) -> Image.Image:
+    """A picture at a job's size."""
+    wanted = (size.width, size.height)
+    return picture if picture.size == wanted else picture.resize(wanted, _LANCZOS)
+
+
+def _name(picture: PictureSource) -> str:
+    """What a picture is called in plain values: its path, or its fingerprint."""
+    return os.fspath(picture) if isinstance(picture, (str, os.PathLike)) else fingerprint(picture)
+
+
+def fingerprint(picture: Image.Image) -> str:
+    """The hash of what a picture shows."""
+    shown = picture.convert("RGB")
+    content = f"{shown.width}x{shown.height} ".encode() + shown.tobytes()
+    return f"{FINGERPRINT}{hashlib.sha256(content).hexdigest()}"
 
 
 FINGERPRINT = "sha256:"  # before the hash of a picture that is known by it alone

@@ -19,19 +19,22 @@ import torch
 from PIL import Image
 from tiny import flux_model
 
+import calotype
 from calotype.cli import doctor, progress
 from calotype.cli.generate import SLUG_BYTES, Target, slug
 from calotype.cli.main import app, main
 from calotype.cli.output import columns, size
 from calotype.errors import DamagedFile, OutputError, RequestError
 from calotype.families.flux import FluxModel
-from calotype.generate import Model
+from calotype.generate import Events, Model
 from calotype.image import read_metadata
 from calotype.loading import Description, PartDescription
-from calotype.request import Request
+from calotype.request import SIZES, Request
 from calotype.version import VERSION
 
 HELP = Path(__file__).parents[1] / "data" / "help"
+# What `load` is told where the command line says nothing.
+PLAIN: dict[str, Any] = {"device": None, "dtype": None, "memory": "auto", "backend": "torch", "storage": {}}
 
 
 class Loader:
@@ -74,7 +77,7 @@ def test_a_prompt_becomes_a_file_and_its_path_is_all_that_is_printed(loader: Loa
     assert main(["generate", "A red fox, in the SNOW!", "--seed", "7"]) == 0
     assert capsys.readouterr() == ("a-red-fox-in-the-snow-7.png\n", "")
     assert files() == ["a-red-fox-in-the-snow-7.png"]
-    assert loader.calls == [((), {"device": None, "dtype": None, "memory": "auto"})]
+    assert loader.calls == [((), PLAIN)]
     with Image.open("a-red-fox-in-the-snow-7.png") as picture:
         assert picture.size == (32, 32)
 
@@ -188,7 +191,10 @@ def test_names_are_made_of_the_words_of_a_prompt(prompt: str, name: str) -> None
 # ---- generate: what is asked for
 
 
-def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(loader: Loader, capsys: Said) -> None:
+def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
+    loader: Loader, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (48, 16)).save("start.png")
     asked: dict[str, Any] = {
         "negative_prompt": "snow",
         "width": 48,
@@ -203,18 +209,49 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(loader: Lo
         "schedule": "beta",
         "shift": 2.0,
         "text_tokens": 9,
+        "clip_skip": 3,
+        "input_image": "start.png",
+        "denoising_strength": 0.25,
+        "original_width": 1001,
+        "original_height": 1002,
+        "crop_left": 4,
+        "crop_top": 5,
+        "target_width": 1006,
+        "target_height": 1007,
     }
     assert {"prompt", *asked} == {field.name for field in fields(Request)}
+    requests: list[Request] = []
+    stream = loader.model.stream
+
+    def watched(request: Request) -> Events:
+        requests.append(request)
+        # This model has no use for these.
+        return stream(replace(request, clip_skip=None, **dict.fromkeys(SIZES)))
+
+    monkeypatch.setattr(loader.model, "stream", watched)
     words = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["generate", "a fox", *words]) == 0
-    assert read_metadata(capsys.readouterr().out.strip())[0].to_dict() == {"prompt": "a fox", **asked}
+    assert [request.to_dict() for request in requests] == [{"prompt": "a fox", **asked}]
+    left_out = ("clip_skip", *SIZES)
+    kept = {name: value for name, value in asked.items() if name not in left_out}
+    assert read_metadata(capsys.readouterr().out.strip())[0].to_dict() == {"prompt": "a fox", **kept}
 
 
 def test_the_model_is_loaded_as_asked(loader: Loader, capsys: Said) -> None:
-    models = ["--model", "a.safetensors", "--model=org/name"]
-    assert main(["generate", "a fox", *models, "--device=cpu", "--dtype=bfloat16", "--memory=resident"]) == 0
+    words = ["--model", "a.safetensors", "--model=org/name", "--device=cpu", "--dtype=bfloat16", "--memory=resident"]
+    words += ["--backend=openvino", "--storage", "t5=int8", "--storage=transformer=int4"]
+    assert main(["generate", "a fox", *words]) == 0
     assert loader.calls == [
-        (("a.safetensors", "org/name"), {"device": "cpu", "dtype": "bfloat16", "memory": "resident"})
+        (
+            ("a.safetensors", "org/name"),
+            {
+                "device": "cpu",
+                "dtype": "bfloat16",
+                "memory": "resident",
+                "backend": "openvino",
+                "storage": {"t5": "int8", "transformer": "int4"},
+            },
+        )
     ]
 
 
@@ -300,7 +337,7 @@ def test_like_repeats_a_picture_bit_for_bit(loader: Loader, capsys: Said, old: P
     printed = capsys.readouterr()
     assert printed == ("a-red-fox-8-2.png\n", "")
     assert Path(printed.out.strip()).read_bytes() == old.read_bytes()
-    assert loader.calls == [(("tiny",), {"device": None, "dtype": None, "memory": "auto"})]
+    assert loader.calls == [(("tiny",), PLAIN)]
 
 
 def test_any_option_changes_what_it_names(loader: Loader, capsys: Said, old: Path) -> None:
@@ -338,8 +375,7 @@ def test_another_model_is_said_and_takes_what_it_can(loader: Loader, capsys: Sai
     assert main(["generate", "--like", str(old), "--model", "schnell/"]) == 0
     printed = capsys.readouterr()
     assert printed.err == (
-        f"calotype: note: {old} was drawn by flux/dev; this is flux/tiny, which has no guidance input: "
-        "embedded_guidance is left out\n"
+        f"calotype: note: {old} was drawn by flux/dev; this is flux/tiny, which cannot take the old embedded_guidance\n"
     )
     assert read_metadata(printed.out.strip())[0].embedded_guidance is None
 
@@ -576,9 +612,11 @@ def test_models_lists_what_runs_and_what_does_not_yet(capsys: Said) -> None:
     assert main(["models"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"^flux/dev +1024x1024 +28 +1 +3.5 +euler +linear +512$", printed, re.MULTILINE)
+    assert re.search(r"^sdxl/turbo +512x512 +1 +1 +- +euler_ancestral +trailing +-$", printed, re.MULTILINE)
+    assert re.search(r"^kolors/base +1024x1024 +25 +5 +- +dpmpp_2m +karras +256$", printed, re.MULTILINE)
     assert "dpmpp_2m_sde" in printed
     coming = printed.split("RECOGNISED, NOT RUN YET")[1].split("\n\n")[0]
-    assert {line.split()[0] for line in coming.splitlines()[1:]} >= {"sd1", "sdxl", "sd3", "kolors", "hunyuan_dit"}
+    assert {line.split()[0] for line in coming.splitlines()[1:]} == {"sdxl", "sd2", "sd3", "hunyuan_dit"}
     assert all(len(line) <= 110 and line == line.rstrip() for line in printed.splitlines())
 
 
@@ -710,6 +748,7 @@ class SlowImage:
 
 class Model:
     name = "slow"
+    storage_errors = {}
     family = types.SimpleNamespace(defaults=types.SimpleNamespace(cfg_scale=1, embedded_guidance=None))
     def stream(self, request):
         try:
@@ -741,7 +780,12 @@ def test_a_signal_stops_at_once_and_leaves_no_file(
 ) -> None:
     words = ["generate", "a fox", "--steps", steps, "--progress", "--out", "fox.png"]
     with subprocess.Popen(
-        [sys.executable, "-c", SLOW, *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW, *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(calotype.__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stderr is not None
         assert process.stdout is not None

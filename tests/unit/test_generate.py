@@ -72,7 +72,7 @@ def test_prepared_levels_equal_the_plain_form(family: FluxModel) -> None:
     """All levels in one pass, or each by itself: equal to 1e-5."""
     request = Request(prompt="a red fox", seed=1, steps=6)
     job = request.complete(family.defaults, seed=1)
-    conditioning = family.condition(job.prompt, job)
+    conditioning = family.condition(job.prompt, job, negative=False)
     path = family.levels(job).path[:-1]
     with torch.inference_mode():
         together = family.denoiser(conditioning, path, job)

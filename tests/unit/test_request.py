@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
+from PIL import Image
 
 from calotype.errors import RequestError
-from calotype.request import MAX_PROMPT, MAX_SEED, MAX_STEPS, Defaults, Request, Size
+from calotype.request import MAX_PROMPT, MAX_SEED, MAX_STEPS, SIZES, Defaults, Job, Request, Size
 
 DEFAULTS = Defaults(
     width=1024,
@@ -25,7 +29,9 @@ DEFAULTS = Defaults(
     text_tokens=512,
     samplers=("euler", "heun"),
     schedules=("linear", "beta"),
+    shifts=True,
 )
+TOLD = replace(DEFAULTS, clip_skip=2, sizes=True, width=512, height=512, grain=8)
 NAN, INFINITY = float("nan"), float("inf")
 
 
@@ -68,11 +74,38 @@ NAN, INFINITY = float("nan"), float("inf")
         ("shift", NAN),
         ("text_tokens", 0),
         ("text_tokens", 5000),
+        ("clip_skip", 0),
+        ("clip_skip", 33),
+        ("clip_skip", 1.0),
+        ("input_image", 5),
+        ("input_image", b"picture.png"),
+        ("input_image", np.zeros((8, 8, 3))),
+        ("input_image", True),
+        ("denoising_strength", 0),
+        ("denoising_strength", 0.0),
+        ("denoising_strength", -0.5),
+        ("denoising_strength", 1.01),
+        ("denoising_strength", NAN),
+        ("denoising_strength", True),
+        ("denoising_strength", "0.5"),
+        ("original_width", 0),
+        ("original_width", 16_385),
+        ("original_height", 0),
+        ("original_height", 1024.0),
+        ("crop_left", -1),
+        ("crop_left", 16_385),
+        ("crop_top", -1),
+        ("crop_top", False),
+        ("target_width", 0),
+        ("target_height", 0),
+        ("target_height", "1024"),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(RequestError) as caught:
-        Request.from_dict({"prompt": "a fox", field: value})
+        Request.from_dict(
+            {"prompt": "a fox", **({"input_image": "x.png"} if "strength" in field else {}), field: value}
+        )
     assert caught.value.field == field
     assert caught.value.value is value
     assert len(str(caught.value)) < 300
@@ -91,6 +124,12 @@ def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
         {"cfg_rescale": 1},
         {"steps": MAX_STEPS},
         {"count": 1000},
+        {"clip_skip": 1},
+        {"clip_skip": 32},
+        {"input_image": "x.png", "denoising_strength": 1},
+        {"input_image": "x.png", "denoising_strength": 1e-9},
+        {"crop_left": 0, "crop_top": 16_384},
+        {"original_width": 1, "target_height": 16_384},
     ],
 )
 def test_the_edges_are_accepted(fields: dict[str, Any]) -> None:
@@ -132,6 +171,7 @@ def test_silence_means_the_familys_default() -> None:
         "schedule": "linear",
         "shift": None,
         "text_tokens": 512,
+        **dict.fromkeys(("clip_skip", "input_image", "input_name", "denoising_strength", *SIZES)),
     }
     assert job.size == Size(1024, 768)
 
@@ -152,8 +192,16 @@ def test_what_is_said_stands() -> None:
         "schedule": "beta",
         "shift": 3.0,
         "text_tokens": 7,
+        "clip_skip": 1,
+        "original_width": 1001,
+        "original_height": 1002,
+        "crop_left": 3,
+        "crop_top": 4,
+        "target_width": 1005,
+        "target_height": 1006,
     }
-    assert asdict(Request.from_dict(said).complete(DEFAULTS, seed=9)) == said
+    unused = {"input_image": None, "denoising_strength": None}
+    assert Request.from_dict(said).complete(TOLD, seed=9).to_dict() == {**said, **unused}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +226,116 @@ def test_guidance_without_an_input_for_it_is_refused() -> None:
     with pytest.raises(RequestError, match="no guidance input; use cfg_scale"):
         Request(prompt="a fox", embedded_guidance=3.5).complete(plain, seed=0)
     assert Request(prompt="a fox").complete(plain, seed=0).embedded_guidance is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "without", "message"),
+    [
+        ({"clip_skip": 1}, {"clip_skip": None}, "clip_skip: got 1; allowed: None: this model leaves no choice there"),
+        ({"text_tokens": 9}, {"text_tokens": None}, "text_tokens: got 9; allowed: None: this model leaves no choice"),
+        ({"shift": 3}, {"shifts": False}, "shift: got 3; allowed: None: this model's schedules have no shift"),
+        *(({name: 512}, {"sizes": False}, f"{name}: got 512; .*: this model is not told sizes") for name in SIZES),
+    ],
+)
+def test_what_a_model_has_no_use_for_is_refused(fields: dict[str, Any], without: dict[str, Any], message: str) -> None:
+    request = Request.from_dict({"prompt": "a fox", **fields})
+    with pytest.raises(RequestError, match=message):
+        request.complete(replace(TOLD, **without), seed=0)
+    (name,) = fields
+    assert getattr(request.complete(TOLD, seed=0), name) == fields[name]
+
+
+def test_families_have_use_for_what_their_networks_take() -> None:
+    from calotype.families import flux, kolors, sd1, sdxl
+
+    sizes = set(SIZES)
+    for defaults, useless in (
+        (flux.DEV_DEFAULTS, {"clip_skip", *sizes}),
+        (flux.SCHNELL_DEFAULTS, {"clip_skip", "embedded_guidance", *sizes}),
+        (sd1.DEFAULTS, {"text_tokens", "embedded_guidance", "shift", *sizes}),
+        (sdxl.DEFAULTS, {"text_tokens", "embedded_guidance", "shift"}),
+        (sdxl.TURBO_DEFAULTS, {"text_tokens", "embedded_guidance", "shift"}),
+        (kolors.DEFAULTS, {"clip_skip", "embedded_guidance", "shift"}),
+    ):
+        assert set(defaults.useless) == useless
+
+
+def test_sizes_that_are_told_follow_the_picture_and_the_request() -> None:
+    def told(**said: int) -> list[int | None]:
+        job = Request.from_dict({"prompt": "a fox", "width": 640, "height": 384, **said}).complete(TOLD, seed=0)
+        return [getattr(job, name) for name in SIZES]
+
+    assert told() == [640, 384, 0, 0, 640, 384]
+    assert told(original_height=100, crop_left=7) == [640, 100, 7, 0, 640, 384]
+    assert told(crop_top=0, target_width=9) == [640, 384, 0, 0, 9, 384]
+
+
+# ---- a picture to start from
+
+
+def started(size: tuple[int, int], **said: Any) -> Job:  # noqa: ANN401
+    picture = Image.new("RGB", size)
+    return Request.from_dict({"prompt": "", "input_image": picture, **said}).complete(TOLD, seed=0, picture=picture)
+
+
+@pytest.mark.parametrize(
+    ("picture", "said", "size"),
+    [
+        ((512, 512), {}, "512x512"),
+        ((1024, 1024), {}, "512x512"),
+        ((30, 40), {}, "440x592"),
+        ((3000, 1500), {}, "728x360"),
+        ((1, 16), {}, "128x2048"),
+        ((30, 40), {"width": 64, "height": 24}, "64x24"),
+        ((100, 50), {"width": 256}, "256x128"),
+        ((100, 50), {"height": 64}, "128x64"),
+        ((50, 100), {"width": 512}, "512x1024"),
+        ((9000, 10), {"width": 64}, "64x8"),
+    ],
+)
+def test_a_size_follows_the_input_image(picture: tuple[int, int], said: dict[str, int], size: str) -> None:
+    job = started(picture, **said)
+    assert str(job.size) == size
+    assert job.input_image is not None
+    assert job.input_image.size == (job.width, job.height)
+    assert (job.target_width, job.target_height) == (job.width, job.height)
+
+
+def test_a_size_that_is_said_with_a_picture_is_on_the_grid_too() -> None:
+    with pytest.raises(RequestError, match="width: got 60.*nearest valid size is 64x"):
+        started((100, 50), width=60)
+    for said in ({}, {"width": 16_384}):
+        with pytest.raises(RequestError, match="input_image: got .*milder proportions: .* give width and height"):
+            started((2, 9000) if said else (9000, 2), **said)
+    assert started((9000, 2), width=64, height=64).size == Size(64, 64)
+
+
+def test_the_strength_is_the_familys_unless_said() -> None:
+    assert started((8, 8)).denoising_strength == TOLD.denoising_strength == 0.7
+    assert started((8, 8), denoising_strength=1).denoising_strength == 1.0
+    with pytest.raises(RequestError, match="denoising_strength: got 0.5; allowed: None without an input_image"):
+        Request(prompt="a fox", denoising_strength=0.5)
+    with pytest.raises(RequestError, match="denoising_strength: got 0; allowed: more than 0: nothing .* would change"):
+        Request(prompt="a fox", input_image="x.png", denoising_strength=0)
+
+
+@pytest.mark.parametrize("given", ["a/b.png", Path("a") / "b.png"])
+def test_a_picture_from_a_file_is_named_by_its_path(given: str | Path) -> None:
+    request = Request(prompt="", input_image=given)
+    assert request.to_dict()["input_image"] == str(Path("a/b.png"))
+    job = request.complete(TOLD, seed=0, picture=Image.new("RGB", (9, 9)))
+    assert job.to_dict()["input_image"] == str(Path("a/b.png"))
+
+
+def test_a_picture_from_memory_is_named_by_what_it_shows() -> None:
+    red, blue = (Image.new("RGB", (9, 9), colour) for colour in ("red", "blue"))
+    names = [Request(prompt="", input_image=picture).to_dict()["input_image"] for picture in (red, red.copy(), blue)]
+    assert names[0] == names[1] != names[2]
+    assert all(name.startswith("sha256:") and len(name) == 71 for name in names)
+    job = Request(prompt="", input_image=red).complete(TOLD, seed=0, picture=red)
+    assert job.input_image != red  # resized
+    assert job.to_dict()["input_image"] == names[0]
+    assert json.dumps(job.to_dict())
 
 
 @settings(deadline=None)

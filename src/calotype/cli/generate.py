@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calotype.errors import OutputError
-from calotype.image import check_writable, read_metadata, save
-from calotype.request import Request
+from calotype.image import check_writable, input_picture, read_metadata, save
+from calotype.request import Request, Size, fingerprint, resized
 
 if TYPE_CHECKING:
     from calotype.cli.progress import Silent
@@ -114,10 +114,14 @@ def generate(
         request = replace(old, **given)
         sources = sources or _sources(record)
         drawn_by = str(record.get("model"))
+        if "input_image" not in given and _changed(old, record):
+            _note(f"{old.input_image} is not the picture that {like} was started from: it was changed since")
     elif prompt is None:
         raise typer.BadParameter("give a PROMPT, or --like PNG to repeat a picture")
     else:
         request = Request.from_dict(given)
+    if request.input_image is not None:
+        input_picture(request.input_image)  # not to find out after loading that it cannot be read
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
@@ -170,12 +174,22 @@ def _sources(record: dict[str, Any]) -> list[str]:
 
 def _adapted(request: Request, model: Model[Any], given: dict[str, Any], why: str) -> Request:
     """An old picture's request for another model: what that one cannot take is left out, and said."""
-    carried = request.embedded_guidance is not None and "embedded_guidance" not in given
-    if carried and model.family.defaults.embedded_guidance is None:
-        request = replace(request, embedded_guidance=None)
-        why += ", which has no guidance input: embedded_guidance is left out"
-    _note(why)
-    return request
+    defaults = model.family.defaults
+    useless = set(defaults.useless)
+    for name, allowed in (("sampler", defaults.samplers), ("schedule", defaults.schedules)):
+        if getattr(request, name) not in allowed:
+            useless.add(name)
+    dropped = [name for name in sorted(useless - set(given)) if getattr(request, name) is not None]
+    _note(f"{why}, which cannot take the old {', '.join(dropped)}" if dropped else why)
+    return replace(request, **dict.fromkeys(dropped))
+
+
+def _changed(old: Request, record: dict[str, Any]) -> bool:
+    """Whether the file that an old picture was started from holds another one now."""
+    known = record.get("started_from")
+    if old.input_image is None or known is None or old.width is None or old.height is None:
+        return False
+    return fingerprint(resized(input_picture(old.input_image), Size(old.width, old.height))) != known
 
 
 def _storage(given: list[str] | None) -> dict[str, str]:

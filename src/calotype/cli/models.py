@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,14 +78,17 @@ def built_in_card() -> dict[str, Any] | None:
     return read_json(path) if path.is_file() else None
 
 
-def _names(running: list[tuple[Listed, Defaults]], field: str) -> list[tuple[str, str]]:
-    """What this field of the defaults allows, families that allow the same on one line."""
+def _names(running: list[tuple[Listed, Defaults]], field: str) -> Iterator[tuple[str, str]]:
+    """What this field of the defaults allows, families that allow the same together, lines of a terminal's width."""
     families: dict[str, list[str]] = {}
     for item, defaults in running:
         named = families.setdefault(", ".join(getattr(defaults, field)), [])
         if item.family not in named:
             named.append(item.family)
-    return [(", ".join(named), allowed) for allowed, named in families.items()]
+    for allowed, named in families.items():
+        first, *rest = textwrap.wrap(allowed, 80)
+        yield ", ".join(named), first
+        yield from (("", line) for line in rest)
 
 
 def _row(item: Listed, defaults: Defaults) -> tuple[str, ...]:

@@ -165,6 +165,7 @@ def defaults(*, steps: int, embedded_guidance: float | None, text_tokens: int, s
         text_tokens=text_tokens,
         samplers=tuple(SAMPLERS),
         schedules=tuple(FLOW_SCHEDULES),
+        shifts=True,
     )
 
 
