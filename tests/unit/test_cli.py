@@ -27,7 +27,7 @@ from calotype.cli.output import columns, size
 from calotype.errors import DamagedFile, OutputError, RequestError
 from calotype.families.flux import FluxModel
 from calotype.generate import Events, Model
-from calotype.image import read_metadata
+from calotype.image import read_metadata, save, to_pil
 from calotype.loading import Description, PartDescription
 from calotype.request import SIZES, Request
 from calotype.version import VERSION
@@ -392,6 +392,93 @@ def test_a_picture_without_metadata_cannot_be_repeated(loader: Loader, capsys: S
     assert main(["generate", "--like", "plain.png"]) == 1
     assert "only PNGs that Calotype wrote" in one_line(capsys)
     assert loader.calls == []
+
+
+# ---- generate from a picture
+
+
+@pytest.fixture
+def start(loader: Loader) -> Path:
+    x = torch.linspace(0, 1, 48)
+    to_pil(torch.stack([x.expand(24, 48), x.flip(0).expand(24, 48), torch.rand(24, 48)])).save("start.png")
+    return Path("start.png")
+
+
+def generated(capsys: Said, *words: str) -> Path:
+    assert main(["generate", *words]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return Path(printed.out.strip())
+
+
+def test_a_picture_that_started_from_a_file_is_repeated_from_it(loader: Loader, capsys: Said, start: Path) -> None:
+    first = generated(capsys, "a fox", "--seed=7", f"--input-image={start}", "--denoising-strength=0.5")
+    with Image.open(first) as picture:
+        assert picture.size == (48, 16)  # about its proportions, the model's area, a multiple of 16
+    request = read_metadata(first)[0]
+    assert (request.input_image, request.denoising_strength) == ("start.png", 0.5)
+    again = generated(capsys, "--like", str(first))
+    assert again.read_bytes() == first.read_bytes()
+    weaker = generated(capsys, "--like", str(first), "--denoising-strength", "0.1")
+    assert read_metadata(weaker)[0] == replace(request, denoising_strength=0.1)
+    assert weaker.read_bytes() != first.read_bytes()
+
+
+def test_a_start_that_is_gone_or_was_never_a_file_is_asked_for(loader: Loader, capsys: Said, start: Path) -> None:
+    with Image.open(start) as opened:
+        picture = loader.model.generate("a fox", seed=7, input_image=opened)
+    assert isinstance(picture, Image.Image)
+    save(picture, "from-memory.png")
+    assert main(["generate", "--like", "from-memory.png"]) == 2
+    line = one_line(capsys)
+    assert line.startswith("calotype: input_image: got 'sha256:")
+    assert "the picture itself (--input-image FILE)" in line
+    again = generated(capsys, "--like", "from-memory.png", "--input-image", str(start))
+    with Image.open(again) as repeated:
+        assert repeated.convert("RGB").tobytes() == picture.tobytes()
+    start.unlink()
+    assert main(["generate", "--like", str(again)]) == 2
+    assert one_line(capsys).endswith("a PNG, JPEG or WebP file of at most 64,000,000 pixels; No such file or directory")
+    assert loader.calls == [(("tiny",), PLAIN)]
+
+
+def test_a_start_that_was_changed_is_said(loader: Loader, capsys: Said, start: Path) -> None:
+    first = generated(capsys, "a fox", "--seed=7", f"--input-image={start}")
+    Image.new("RGB", (48, 24), "red").save(start)
+    assert main(["generate", "--like", str(first)]) == 0
+    assert one_line(capsys) == (
+        f"calotype: note: start.png is not the picture that {first} was started from: it was changed since"
+    )
+    # Where another is given, nothing is said; nor where it is resized to another size.
+    generated(capsys, "--like", str(first), "--input-image", str(start))
+    second = generated(capsys, "a fox", "--seed=8", f"--input-image={start}")
+    generated(capsys, "--like", str(second), "--width", "32", "--height", "32")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--input-image", "none.png"], "input_image: got 'none.png'.*No such file"),
+        (["--input-image", "."], "input_image: got '.'.*directory"),
+        (["--denoising-strength", "0.5"], "denoising_strength: got 0.5; allowed: None without an input_image"),
+        (["--input-image=start.png", "--denoising-strength", "0"], "denoising_strength: got 0.0; allowed: more than 0"),
+        (["--clip-skip", "0"], "clip_skip"),
+        (["--crop-left", "-1"], "crop_left"),
+    ],
+)
+def test_a_bad_start_is_refused_before_the_model_is_loaded(
+    loader: Loader, capsys: Said, start: Path, words: list[str], message: str
+) -> None:
+    assert main(["generate", "a fox", *words]) == 2
+    assert re.search(message, one_line(capsys))
+    assert loader.calls == []
+
+
+@pytest.mark.parametrize("words", [["--clip-skip=2"], ["--target-width=512"], ["--crop-top=0"]])
+def test_what_flux_is_not_told_is_refused(loader: Loader, capsys: Said, words: list[str]) -> None:
+    assert main(["generate", "a fox", *words]) == 2
+    assert "allowed: None: this model" in one_line(capsys)
+    assert files() == []
 
 
 # ---- progress

@@ -10,6 +10,7 @@ import struct
 import warnings
 import zlib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from calotype.image import (
     a1111_parameters,
     check_writable,
     embed_metadata,
+    input_picture,
     open_picture,
     read_metadata,
     save,
     to_pil,
     to_tensor,
 )
-from calotype.request import Job, Request
+from calotype.request import SIZES, Job, Request
 from calotype.version import VERSION
 
 JOB = Job(
@@ -350,3 +352,95 @@ def test_a_name_too_long_is_refused_before_the_work(tmp_path: Path) -> None:
 def test_a_long_name_is_no_obstacle(tmp_path: Path) -> None:
     save(drawn(), tmp_path / ("x" * 250 + ".png"))
     assert (tmp_path / ("x" * 250 + ".png")).exists()
+
+
+# ---- pictures to start from
+
+
+def corners() -> Image.Image:
+    """Wider than high, each corner of its own colour."""
+    picture = Image.new("RGB", (4, 2), "black")
+    for place, colour in (((0, 0), "red"), ((3, 0), "lime"), ((0, 1), "blue")):
+        picture.putpixel(place, Image.new("RGB", (1, 1), colour).getpixel((0, 0)))  # pyright: ignore[reportArgumentType]
+    return picture
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_start_is_read_from_its_path(tmp_path: Path, kind: type[str] | type[Path]) -> None:
+    corners().save(tmp_path / "x.png")
+    assert input_picture(kind(tmp_path / "x.png")) == corners()
+    assert input_picture(corners()) == corners()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "I;16", "LA", "RGBA", "PA"])
+def test_a_start_of_any_mode_becomes_rgb(mode: str) -> None:
+    assert input_picture(Image.new(mode, (3, 2))).mode == "RGB"
+
+
+def test_a_transparent_start_lies_on_white(tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (3, 1))
+    for x, alpha in enumerate((255, 128, 0)):
+        picture.putpixel((x, 0), (255, 0, 0, alpha))
+    picture.save(tmp_path / "x.png")
+    palette = Image.new("P", (3, 1), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((2, 0), 0)
+    palette.save(tmp_path / "p.png", transparency=0)
+    for given in (picture, tmp_path / "x.png"):
+        seen = np.asarray(input_picture(given))[0]
+        assert seen.tolist() == [[255, 0, 0], [255, 127, 127], [255, 255, 255]]
+    assert np.asarray(input_picture(tmp_path / "p.png"))[0].tolist() == [[255, 0, 0], [255, 0, 0], [255, 255, 255]]
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_a_start_is_turned_as_its_camera_was_held(tmp_path: Path, turned: int) -> None:
+    upright = corners()
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[turned]) if turned in undo else upright
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    stored.save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(to_tensor(input_picture(tmp_path / "x.png")), to_tensor(upright))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("none.png", "No such file"),
+        ("", "directory"),
+        ("a\0b", "null"),
+        ("sha256:" + "0" * 64, "--input-image FILE"),
+        ("broken.png", "it is none of these"),
+    ],
+)
+def test_a_start_that_cannot_be_read_is_refused_by_its_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, why: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(RequestError, match=why) as caught:
+        input_picture(given)
+    assert caught.value.field == "input_image"
+
+
+def test_sizes_that_follow_from_the_picture_stay_open(tmp_path: Path) -> None:
+    told = {"original_width": 64, "original_height": 48, "crop_left": 0, "crop_top": 5, "target_width": 64}
+    job = replace(JOB, width=64, height=48, target_height=99, **told)
+    picture = Image.new("RGB", (64, 48))
+    embed_metadata(picture, job, model="sdxl/base", source="x")
+    save(picture, tmp_path / "x.png")
+    request, record = read_metadata(tmp_path / "x.png")
+    assert {name: getattr(request, name) for name in SIZES} == {
+        **dict.fromkeys(SIZES),
+        "crop_top": 5,
+        "target_height": 99,
+    }
+    assert record["job"]["original_width"] == 64
