@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -21,20 +21,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from calotype.families.flux import FluxModel
-from calotype.families.model import FamilyModel
+from calotype.families.flux.conditioning import joined
 from calotype.generate import Picture, stream
 from calotype.image import to_tensor
 from calotype.memory.residency import resident
 from calotype.nn.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from calotype.request import Request
-from calotype.sampling.guidance import guided_pair
+from calotype.sampling.guidance import guided_both
 from calotype.sampling.samplers import SAMPLERS, evaluated
 from recipes.builtin.autoencoder import Basis, load_basis
 from recipes.builtin.fetch import DATA
 from recipes.builtin.look import contact_sheet
 from recipes.builtin.model import SCALES, Networks, Scale, assemble
-
-C = TypeVar("C")
 
 COMMON = (
     "a red apple", "a cat face", "a rocket", "a sun", "a tree", "a pizza", "a dog", "a guitar",
@@ -102,16 +100,19 @@ def open_state(folder: Path, scale: Scale, *, linear: bool = False) -> tuple[Flu
     return model, int(state["step"])
 
 
-def open_folder(folder: Path) -> FamilyModel[Any]:
+def open_folder(folder: Path) -> FluxModel:
     """An exported model, through the door that users take."""
     import calotype
 
-    return calotype.load(str(folder)).family
+    model = calotype.load(str(folder)).family
+    if not isinstance(model, FluxModel):
+        raise SystemExit(f"{folder} holds a model of the family {model.family}; the recipe makes models of flux")
+    return model
 
 
 @torch.inference_mode()
 def batch(
-    model: FamilyModel[C],
+    model: FluxModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
     settings: Settings,
@@ -124,7 +125,7 @@ def batch(
     return torch.cat(made)
 
 
-def _together(model: FamilyModel[C], prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> Tensor:
+def _together(model: FluxModel, prompts: Sequence[str], seeds: Sequence[int], settings: Settings) -> Tensor:
     job = settings.request("", 0).complete(model.defaults, seed=0)
     levels, sampler = model.levels(job), SAMPLERS[job.sampler]
     asked = evaluated(sampler, levels)
@@ -135,14 +136,14 @@ def _together(model: FamilyModel[C], prompts: Sequence[str], seeds: Sequence[int
         return torch.cat(rows).to(model.device)
 
     with resident(*model.encoders, device=model.device):
-        conditioning = reduce(model.pair, [model.condition(prompt, job) for prompt in prompts])
-        nothing = reduce(model.pair, [model.condition("", job)] * len(prompts))
+        conditioning = reduce(joined, [model.condition(prompt, job, negative=False) for prompt in prompts])
+        nothing = reduce(joined, [model.condition("", job, negative=True)] * len(prompts))
     with resident(model.backbone, device=model.device):
         if job.cfg_scale == 1:
             denoise = model.denoiser(conditioning, asked, job)
         else:
-            pair = model.denoiser(model.pair(conditioning, nothing), asked, job)
-            denoise = guided_pair(pair, job.cfg_scale, job.cfg_rescale, model.prediction)
+            both = model.both(conditioning, nothing, asked, job)
+            denoise = guided_both(both, job.cfg_scale, job.cfg_rescale, model.prediction)
         x = model.start(job, levels, noise)
         for step in sampler(denoise, x, levels, noise):
             x = step.x
@@ -150,13 +151,13 @@ def _together(model: FamilyModel[C], prompts: Sequence[str], seeds: Sequence[int
         return model.decode(x).clamp(0, 1).cpu()
 
 
-def pictures(model: FamilyModel[C], request: Request) -> list[Image.Image]:
+def pictures(model: FluxModel, request: Request) -> list[Image.Image]:
     """A request's pictures by the engine's ordinary path."""
     with closing(stream(model, request)) as events:
         return [event.image for event in events if isinstance(event, Picture)]
 
 
-def sheet(model: FamilyModel[C], prompts: Sequence[str], seeds: int, settings: Settings, columns: int) -> Image.Image:
+def sheet(model: FluxModel, prompts: Sequence[str], seeds: int, settings: Settings, columns: int) -> Image.Image:
     """Every prompt with seeds 0, 1, ..., labelled."""
     drawn: list[Image.Image] = []
     labels: list[str] = []
@@ -177,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-scale", type=float)
 
 
-def chosen(given: argparse.Namespace) -> tuple[FamilyModel[Any], str]:
+def chosen(given: argparse.Namespace) -> tuple[FluxModel, str]:
     """The model that the options of `add_arguments` name, and words for it."""
     if given.model is not None:
         return open_folder(given.model), f"the model in {given.model.name}"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calotype.families.model import FamilyModel
+from calotype.families.flux import FluxModel
 from recipes.builtin import classifier
 from recipes.builtin.classifier import load_judge
 from recipes.builtin.draw import Settings, add_arguments, batch, chosen, pictures
@@ -27,7 +27,7 @@ from recipes.builtin.model import SCALES
 from recipes.builtin.questions import MEASURES, Figure, Judges
 
 
-def speed(model: FamilyModel[Any], settings: Settings, count: int = 5) -> dict[str, float]:
+def speed(model: FluxModel, settings: Settings, count: int = 5) -> dict[str, float]:
     """Seconds for one picture by the engine's ordinary path, prompt to pixels: the median of `count`."""
     list(pictures(model, settings.request("a red apple", 0)))
     spent: list[float] = []
@@ -39,7 +39,7 @@ def speed(model: FamilyModel[Any], settings: Settings, count: int = 5) -> dict[s
 
 
 def evaluate(
-    model: FamilyModel[Any] | None, judges: Judges, settings: Settings, limit: int | None, *, calibrate: bool
+    model: FluxModel | None, judges: Judges, settings: Settings, limit: int | None, *, calibrate: bool
 ) -> dict[str, Any]:
     """All measures, of at most `limit` questions each: title -> figure -> value, error, n, and under `real` the same of
     real composites.
