@@ -357,13 +357,13 @@ def test_parts_of_another_size_or_family_are_refused(tmp_path: Path) -> None:
     unet = tiny.save(
         tmp_path / "unet.safetensors",
         {
-            "label_emb.0.0.weight": torch.zeros(1280, 2816),
-            "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(640, 2048),
+            "label_emb.0.0.weight": torch.zeros(1536, 2560),
+            "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(768, 1280),
         },
     )
-    with pytest.raises(UnsupportedModel, match=r"unet of sdxl base.*does not go with the other sources"):
+    with pytest.raises(UnsupportedModel, match=r"unet of sdxl refiner.*does not go with the other sources"):
         load(files["transformer"], files["clip"], files["t5"], files["vae"], unet)
-    with pytest.raises(UnsupportedModel, match=r"sdxl base: recognised, but not supported yet"):
+    with pytest.raises(UnsupportedModel, match=r"sdxl refiner: recognised, but not supported yet"):
         load(unet)
 
 
@@ -651,13 +651,13 @@ def test_nonsense_shapes_give_load_errors_only(parts: dict[str, Path], data: st.
 
 
 def test_pipelines_of_other_families_are_named(tmp_path: Path) -> None:
-    folder = tiny.pipeline(tmp_path / "sd1")
+    folder = tiny.pipeline(tmp_path / "sd2")
     for name in ("transformer", "text_encoder_2"):
         (folder / name).rename(tmp_path / name)
     tiny.save(
         folder / "unet" / "diffusion_pytorch_model.safetensors",
         {
-            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.zeros(320, 768),
+            "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.zeros(320, 1024),
             "conv_out.weight": torch.zeros(4, 320, 3, 3),
         },
     )
@@ -666,9 +666,9 @@ def test_pipelines_of_other_families_are_named(tmp_path: Path) -> None:
     index = {name: ["library", "Class"] for name in ("unet", "text_encoder", "vae", "safety_checker")}
     tiny.write_json(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline", **index})
     seen = describe(folder)
-    assert (seen.kind, seen.family, seen.variant, seen.supported) == ("model", "sd1", "1.x", False)
+    assert (seen.kind, seen.family, seen.variant, seen.supported) == ("model", "sd2", "2.x", False)
     assert [part.name for part in seen.parts] == ["unet", "clip", "vae"]
-    with pytest.raises(UnsupportedModel, match=r"the unet of sd1 1\.x: recognised, but not supported yet"):
+    with pytest.raises(UnsupportedModel, match=r"the unet of sd2 2\.x: recognised, but not supported yet"):
         load(folder)
     tiny.write_json(folder / "model_index.json", {"_class_name": "OtherPipeline"})
     assert describe(folder).note == "no known model (OtherPipeline)"
