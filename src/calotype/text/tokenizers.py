@@ -1,25 +1,51 @@
-"""From a prompt to fixed-length token ids, through the `tokenizers` library."""
+"""From a prompt to fixed-length token ids, through the libraries `tokenizers` and `sentencepiece`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class PromptTokenizer:
-    """A tokenizer with the padding of one encoder's role.
+@dataclass(frozen=True, kw_only=True)
+class PaddedTokenizer(ABC):
+    """A tokenizer with the start, end and padding of one encoder's role.
 
     `start` is None for encoders without a start token (T5). Prompts are cut so that start and end tokens still fit.
     """
 
-    tokenizer: Tokenizer
     start: int | None
     end: int
     padding: int
+
+    @abstractmethod
+    def words(self, prompt: str) -> list[int]:
+        """The prompt's own ids, without start, end and padding."""
+
+    def __call__(self, prompt: str, length: int) -> Tensor:
+        """(1 length) int64."""
+        return self.masked(prompt, length)[0]
+
+    def masked(self, prompt: str, length: int) -> tuple[Tensor, Tensor]:
+        """Ids (1 length) int64, and (1 length) bool, true where they are not padding."""
+        start = [] if self.start is None else [self.start]
+        ids = [*start, *self.words(prompt)[: length - len(start) - 1], self.end]
+        padding = length - len(ids)
+        return (
+            torch.tensor([ids + [self.padding] * padding]),
+            torch.tensor([[True] * len(ids) + [False] * padding]),
+        )
+
+
+@dataclass(frozen=True)
+class PromptTokenizer(PaddedTokenizer):
+    """One of the `tokenizers` library."""
+
+    tokenizer: Tokenizer
 
     @property
     def comma(self) -> int | None:
@@ -28,11 +54,14 @@ class PromptTokenizer:
         return next((number for number in found if number is not None), None)
 
     def words(self, prompt: str) -> list[int]:
-        """The prompt's own ids, without start, end and padding."""
         return self.tokenizer.encode(prompt, add_special_tokens=False).ids
 
-    def __call__(self, prompt: str, length: int) -> Tensor:
-        """(1 length) int64."""
-        start = [] if self.start is None else [self.start]
-        ids = [*start, *self.words(prompt)[: length - len(start) - 1], self.end]
-        return torch.tensor([ids + [self.padding] * (length - len(ids))])
+
+@dataclass(frozen=True)
+class SentencePieceTokenizer(PaddedTokenizer):
+    """One of sentencepiece, whose marks have no spelling: written in a prompt, they are letters like any others."""
+
+    processor: SentencePieceProcessor
+
+    def words(self, prompt: str) -> list[int]:
+        return self.processor.encode(prompt)
