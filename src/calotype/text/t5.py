@@ -43,6 +43,18 @@ XXL = T5Config(
 )
 
 
+MT5_XL = T5Config(  # Hunyuan-DiT's: 101 languages (Xue et al. 2020)
+    vocabulary=250112,
+    width=2048,
+    layers=24,
+    heads=32,
+    head_width=64,
+    mlp_width=5120,
+    buckets=32,
+    distance=128,
+)
+
+
 def position_buckets(length: int, buckets: int, distance: int) -> Tensor:
     """Bucket of each (query, key) pair, (n n): half for keys behind, half ahead; exact near by, logarithmic far off."""
     position = torch.arange(length)
@@ -88,7 +100,11 @@ def _finite(x: Tensor) -> Tensor:
 
 
 class T5Encoder(nn.Module):
-    """Token ids (b n) -> states after the final norm (b n d). All tokens attend, padding too, as FLUX.1 was trained."""
+    """Token ids (b n) -> states after the final norm (b n d).
+
+    All tokens attend to all, padding too, as FLUX.1 was trained; with a mask (b n), true where there is a token, none
+    attends to padding, as Hunyuan-DiT was.
+    """
 
     def __init__(self, config: T5Config) -> None:
         super().__init__()
@@ -98,9 +114,11 @@ class T5Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm_out = RMSNorm(config.width)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         buckets = position_buckets(ids.shape[1], self.config.buckets, self.config.distance).to(ids.device)
         bias = rearrange(self.position_bias(buckets), "n m h -> 1 h n m")
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, None], -torch.inf)
         x = self.tokens(ids)
         for layer in self.layers:
             x = layer(x, bias)
