@@ -78,7 +78,8 @@ class Defaults:
 
     `grain` is the number of pixels that both sides must be a multiple of; `samplers` and `schedules` are the names
     that the family's process allows; `text_tokens` and `clip_skip` are None where a request cannot choose them; `sizes`
-    says whether the network is told sizes and a crop; `shifts` whether schedules can be shifted;
+    says whether the network is told sizes and a crop, `original_size` which one it is told of the original (None: that
+    of the picture); `shifts` whether schedules can be shifted;
     `denoising_strength` is for requests with an input image.
     """
 
@@ -96,6 +97,7 @@ class Defaults:
     schedules: tuple[str, ...]
     clip_skip: int | None = None
     sizes: bool = False
+    original_size: tuple[int, int] | None = None
     shifts: bool = False
     denoising_strength: float = 0.7
 
@@ -182,8 +184,9 @@ class Request:
     denoising_strength 0..1, exclusive of 0: how far the input image is taken back to noise. All `steps` are taken over
                        that part of the way
     original_width, original_height, crop_left, crop_top, target_width, target_height
-                       what SDXL is told of the picture: the size before it was scaled, where it was cut, the size
-                       aimed at (Podell et al. 2023); None follows width and height, uncropped
+                       what SDXL and early Hunyuan-DiT are told of the picture: the size before it was scaled, where
+                       it was cut, the size aimed at (Podell et al. 2023); None follows width and height, uncropped,
+                       but Hunyuan-DiT takes an original of 1024 x 1024
     """
 
     prompt: str
@@ -299,7 +302,7 @@ class Request:
                 raise RequestError(field, getattr(self, field), f"None: {why}")
         told = {name: getattr(self, name) for name in SIZES}
         if defaults.sizes:
-            usually = (width, height, 0, 0, width, height)
+            usually = (*(defaults.original_size or (width, height)), 0, 0, width, height)
             told = {name: told[name] if told[name] is not None else u for name, u in zip(SIZES, usually, strict=True)}
         strength = name = None
         if picture is not None:

@@ -90,6 +90,26 @@ def scheduler_config(variant: str, *, last: float = 0.012, steps: int = 1000) ->
     }
 
 
+# What the latent diffusion repository's class registers beside its networks: the process, in tables of 1000 numbers.
+TABLES = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+AVERAGING = ("model_ema.decay", "model_ema.num_updates")  # how the moving averages are kept
+# Outside all parts, and of no use for drawing; v_pred and ztsnr have been read by then.
+TRAINING = (*TABLES, "lvlb_weights", "logvar", "scale_factor", "model_ema.*", "*.position_ids", "*loss.*")
+MARKERS = ("v_pred", "ztsnr")
+
 REFUSED_MARKERS = {
     "edm_mean": "the EDM process of Playground v2.5",
     "edm_vpred.sigma_max": "the EDM process of CosXL",
@@ -98,6 +118,7 @@ REFUSED_MARKERS = {
 # What each of diffusers' classes does where its file is silent.
 _CLASSES: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {"spacing": "leading", "sampler": "ddim", "set_alpha_to_one": True, "clip_sample": True},
+    "DDPMScheduler": {"spacing": "leading", "sampler": "euler_ancestral", "clip_sample": True},
     "PNDMScheduler": {"spacing": "leading", "sampler": "plms", "set_alpha_to_one": False, "skip_prk_steps": False},
     "EulerDiscreteScheduler": {"spacing": "linspace", "sampler": "euler"},
     "EulerAncestralDiscreteScheduler": {"spacing": "linspace", "sampler": "euler_ancestral"},
@@ -133,7 +154,7 @@ def from_scheduler(config: Settings) -> DiffusionSettings:
             "lower_order_final": (True,),
             "use_flow_sigmas": (False,),
             "predict_x0": (True,),
-            "variance_type": (None,),
+            "variance_type": (None, "fixed_small", "fixed_small_log"),
             "final_sigmas_type": ("zero", "sigma_min"),
         },
     )

@@ -1,0 +1,42 @@
+"""What Hunyuan-DiT takes from a prompt: BERT's states and T5's, and which of them are padding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calotype.text.bert import BertEncoder
+from calotype.text.t5 import T5Encoder
+from calotype.text.tokenizers import PaddedTokenizer
+
+
+class HunyuanConditioning(NamedTuple):
+    text: Tensor  # b n d, BERT's
+    t5: Tensor  # b m d
+    mask: Tensor  # b n+m bool, true where there is a token
+
+
+def condition(
+    prompt: str,
+    *,
+    bert: BertEncoder,
+    bert_tokenizer: PaddedTokenizer,
+    text_tokens: int,
+    t5: T5Encoder,
+    t5_tokenizer: PaddedTokenizer,
+    t5_tokens: int,
+) -> HunyuanConditioning:
+    """Both encoders read the prompt, each cut at its own length; of the text beyond, nothing is kept."""
+    device = bert.tokens.weight.device
+    ids, mask = (each.to(device) for each in bert_tokenizer.masked(prompt, text_tokens))
+    t5_ids, t5_mask = (each.to(device) for each in t5_tokenizer.masked(prompt, t5_tokens))
+    return HunyuanConditioning(
+        text=bert(ids, mask), t5=t5(t5_ids, t5_mask), mask=torch.cat([mask, t5_mask], dim=1)
+    )
+
+
+def joined(positive: HunyuanConditioning, negative: HunyuanConditioning) -> HunyuanConditioning:
+    """Both prompts as one batch, the positive one first."""
+    return HunyuanConditioning(*(torch.cat(pair) for pair in zip(positive, negative, strict=True)))
