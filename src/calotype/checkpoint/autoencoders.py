@@ -42,7 +42,13 @@ def original_table(config: AutoencoderConfig) -> Table:
         *_residual("decoder.up.{last-i}.block.{j}", "decoder.levels.{i}.blocks.{j}", "nin_shortcut"),
         Same("decoder.up.{last-i}.upsample.conv.*", "decoder.levels.{i}.up.*"),
     ]
-    return Table("vae/original", tuple(rules), (Extra("loss.*"),), numbers={"last": len(config.widths) - 1})
+    return Table(
+        "vae/original", tuple(rules), (Extra("loss.*"), Extra("model_ema.*")), numbers={"last": len(config.widths) - 1}
+    )
+
+
+# How diffusers called the middle's attention before 0.15.
+OLD_ATTENTION = ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn."))
 
 
 def diffusers_table(config: AutoencoderConfig) -> Table:
@@ -60,13 +66,7 @@ def diffusers_table(config: AutoencoderConfig) -> Table:
             *_residual(f"{middle}.resnets.0", f"{side}.middle.first", "conv_shortcut"),
             *_residual(f"{middle}.resnets.1", f"{side}.middle.second", "conv_shortcut"),
         ]
-        old = {
-            "query": "to_q",
-            "key": "to_k",
-            "value": "to_v",
-            "proj_attn": "to_out.0",
-        }  # before diffusers 0.15
-        aliases += [Alias(f"{attention}.{a}.*", f"{attention}.{b}.*") for a, b in old.items()]
+        aliases += [Alias(f"{attention}{old}*", f"{attention}{new}*") for new, old in OLD_ATTENTION]
     rules += [
         *_residual("encoder.down_blocks.{i}.resnets.{j}", "encoder.levels.{i}.blocks.{j}", "conv_shortcut"),
         Same("encoder.down_blocks.{i}.downsamplers.0.conv.*", "encoder.levels.{i}.down.*"),

@@ -131,7 +131,13 @@ def openclip_table(config: ClipConfig) -> Table:
         rules.append(Sliced(theirs, f"layers.{{i}}.{x}.*", part=number, parts=3))
     if config.projection:
         rules.append(Transposed("text_projection", "projection.weight"))
-    return Table("clip/openclip", tuple(rules), (Extra("logit_scale", ()), Extra("attn_mask")))
+    extras = (
+        Extra("logit_scale", ()),
+        Extra("attn_mask"),
+        # Left over where ComfyUI wrote transformers' encoder under these names.
+        Extra("transformer.text_model.embeddings.position_ids", (1, config.positions)),
+    )
+    return Table("clip/openclip", tuple(rules), extras)
 
 
 CLIP = Part(

@@ -84,7 +84,8 @@ class ManifestPart:
     """A part in a published file, its keys under a prefix.
 
     `only` keeps the keys that begin with it and takes it off (a file that holds one half of a part); `extras` are
-    optional tensors that this file has.
+    optional tensors that this file has; `spelt` are pieces of names that it writes otherwise; `undotted` is how the
+    latent diffusion repository names its moving averages: by the averaged names without their dots.
     """
 
     part: Part[Any]
@@ -93,6 +94,8 @@ class ManifestPart:
     prefix: str = ""
     only: str = ""
     extras: tuple[str, ...] = ()
+    spelt: tuple[tuple[str, str], ...] = ()
+    undotted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from calotype.checkpoint.files import Shape
 from calotype.errors import RequestError
 from calotype.families import FAMILIES
-from calotype.families.family import Manifest
+from calotype.families.family import Manifest, ManifestPart
 
 _ALL: dict[str, Manifest] = {item.name: item for family in FAMILIES for item in family.manifests}
 
@@ -26,6 +26,13 @@ def manifest(name: str) -> list[tuple[str, Shape]]:
         _, binding = item.part.bind(layout, item.config)
         for key, shape in binding.manifest(item.extras):
             if key.startswith(item.only):
-                listed.append((item.prefix + key[len(item.only) :], shape))
+                listed.append((item.prefix + _spelt(key[len(item.only) :], item), shape))
     listed += [(extra.theirs, extra.shape) for extra in _ALL[name].more if extra.shape is not None]
     return sorted(listed)
+
+
+def _spelt(key: str, item: ManifestPart) -> str:
+    """A key of the part's table as this file has it."""
+    for ours, theirs in item.spelt:
+        key = key.replace(ours, theirs)
+    return key.replace(".", "") if item.undotted else key

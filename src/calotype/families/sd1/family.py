@@ -6,9 +6,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
+from calotype.checkpoint.autoencoders import AUTOENCODER, OLD_ATTENTION, TINY_AUTOENCODER
+from calotype.checkpoint.keys import Extra
 from calotype.checkpoint.text_encoders import CLIP
-from calotype.families.diffusion import REFUSED_MARKERS, diffusion_of, scheduler_config, suffix
+from calotype.families.diffusion import (
+    AVERAGING,
+    MARKERS,
+    REFUSED_MARKERS,
+    TABLES,
+    TRAINING,
+    diffusion_of,
+    scheduler_config,
+    suffix,
+)
 from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
 from calotype.families.sd1 import DEFAULTS, Sd1Model
 from calotype.families.sd1.config import DIFFUSION, EDITING, INPAINTING, TINY_VAE, VAE, ZERO_SNR
@@ -81,18 +91,42 @@ POSITION_IDS = "text_model.embeddings.position_ids"
 ORIGINAL_UNET = ManifestPart(part=UNET, layout="original", config=UNET_CONFIG, prefix=UNET_PREFIX)
 ORIGINAL_VAE = ManifestPart(part=AUTOENCODER, layout="original", config=VAE, prefix=VAE_PREFIX)
 ORIGINAL_CLIP = ManifestPart(part=CLIP, layout="transformers", config=VIT_L, prefix=CLIP_PREFIX, extras=(POSITION_IDS,))
+ORIGINAL = (ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP)
+BARE_CLIP = replace(ORIGINAL_CLIP, extras=())
+AVERAGES = replace(ORIGINAL_UNET, prefix="model_ema.diffusion_model", undotted=True)
+BUFFERS = tuple(Extra(name, (1000,)) for name in TABLES)
+COUNTS = tuple(Extra(name, ()) for name in AVERAGING)
 MANIFESTS = (
-    Manifest(name="sd1", parts=(ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP)),
-    Manifest(name="sd1-without-position-ids", parts=(ORIGINAL_UNET, ORIGINAL_VAE, replace(ORIGINAL_CLIP, extras=()))),
+    Manifest(name="sd1", parts=ORIGINAL),
+    Manifest(name="sd1-without-position-ids", parts=(ORIGINAL_UNET, ORIGINAL_VAE, BARE_CLIP)),
+    # As the training script saves, v1-5-pruned; and with the averages in the weights' place, v1-5-pruned-emaonly.
+    Manifest(name="sd1-training", parts=(*ORIGINAL, AVERAGES), more=(*BUFFERS, *COUNTS)),
+    Manifest(name="sd1-emaonly", parts=ORIGINAL, more=(*BUFFERS, *COUNTS)),
+    Manifest(name="sd1-buffers", parts=ORIGINAL, more=BUFFERS),
+    Manifest(name="sd1-zero-snr", parts=ORIGINAL, more=tuple(Extra(name, (0,)) for name in MARKERS)),
     Manifest(name="sd1-inpainting", parts=(replace(ORIGINAL_UNET, config=INPAINTING), ORIGINAL_VAE, ORIGINAL_CLIP)),
+    Manifest(
+        name="sd1-inpainting-training",
+        parts=(replace(ORIGINAL_UNET, config=INPAINTING), ORIGINAL_VAE, ORIGINAL_CLIP),
+        more=(*BUFFERS, *COUNTS),
+    ),
+    Manifest(
+        name="sd1-instruct-pix2pix",
+        parts=(replace(ORIGINAL_UNET, config=EDITING), ORIGINAL_VAE, ORIGINAL_CLIP),
+        more=(*BUFFERS, *COUNTS),
+    ),
     Manifest(name="sd1-original-unet", parts=(ORIGINAL_UNET,)),
     Manifest(name="sd1-original-vae", parts=(ORIGINAL_VAE,)),
     Manifest(name="sd1-original-text-encoder", parts=(ORIGINAL_CLIP,)),
     whole("sd1-vae-bare", AUTOENCODER, "original", VAE),
     whole("sd1-unet-diffusers", UNET, "diffusers", UNET_CONFIG),
     whole("sd1-unet-diffusers-inpainting", UNET, "diffusers", INPAINTING),
+    whole("sd1-unet-diffusers-instruct-pix2pix", UNET, "diffusers", EDITING),
     whole("sd1-text-encoder", CLIP, "transformers", VIT_L, extras=(POSITION_IDS,)),
+    whole("sd1-text-encoder-without-position-ids", CLIP, "transformers", VIT_L),
     whole("sd1-vae-diffusers", AUTOENCODER, "diffusers", VAE),
+    # The published folder is of 2022.
+    whole("sd1-vae-diffusers-old", AUTOENCODER, "diffusers", VAE, spelt=OLD_ATTENTION),
     whole("taesd-encoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="encoder."),
     whole("taesd-decoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="decoder."),
     whole("taesd-diffusers", TINY_AUTOENCODER, "diffusers-tiny", TINY_VAE),
@@ -135,23 +169,12 @@ FAMILY = Family(
     assemble=assemble,
     manifests=MANIFESTS,
     harmless=(
-        "betas",
-        "alphas_cumprod*",
-        "sqrt_*",
-        "log_one_minus_alphas_cumprod",
-        "posterior_*",
-        "lvlb_weights",
-        "logvar",
-        "scale_factor",
-        "model_ema.*",
+        *TRAINING,
+        *MARKERS,
         "embedding_manager.*",
         "cond_stage_model.logit_scale",
         "cond_stage_model.text_projection*",
         "cond_stage_model.transformer.logit_scale",
         "cond_stage_model.transformer.text_projection*",
-        "*.position_ids",
-        "*loss.*",
-        "v_pred",
-        "ztsnr",
     ),
 )

@@ -9,7 +9,7 @@ from typing import Any
 from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
 from calotype.checkpoint.keys import Extra
 from calotype.checkpoint.text_encoders import CLIP
-from calotype.families.diffusion import REFUSED_MARKERS, diffusion_of, scheduler_config, suffix
+from calotype.families.diffusion import MARKERS, REFUSED_MARKERS, TRAINING, diffusion_of, scheduler_config, suffix
 from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
 from calotype.families.sdxl import DEFAULTS, TURBO_DEFAULTS, SdxlModel
 from calotype.families.sdxl.config import DIFFUSION, INPAINTING, TURBO_DIFFUSION, VAE, ZERO_SNR
@@ -111,8 +111,15 @@ ORIGINAL_CLIP_G = ManifestPart(
     part=CLIP, layout="openclip", config=BIG_G, prefix="conditioner.embedders.1.model.", extras=("logit_scale",)
 )
 BARE_CLIP_L = replace(ORIGINAL_CLIP_L, extras=())
+ORIGINAL = (ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP_L, ORIGINAL_CLIP_G)
+SECOND_POSITION_IDS = "transformer.text_model.embeddings.position_ids"
 MANIFESTS = (
-    Manifest(name="sdxl-base", parts=(ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP_L, ORIGINAL_CLIP_G)),
+    Manifest(name="sdxl-base", parts=ORIGINAL),
+    Manifest(
+        name="sdxl-with-both-position-ids",
+        parts=(*ORIGINAL[:3], replace(ORIGINAL_CLIP_G, extras=("logit_scale", SECOND_POSITION_IDS))),
+    ),
+    Manifest(name="sdxl-zero-snr", parts=ORIGINAL, more=tuple(Extra(name, (0,)) for name in MARKERS)),
     Manifest(name="sdxl-without-position-ids", parts=(ORIGINAL_UNET, ORIGINAL_VAE, BARE_CLIP_L, ORIGINAL_CLIP_G)),
     Manifest(
         name="sdxl-turbo",
@@ -121,8 +128,11 @@ MANIFESTS = (
     ),
     Manifest(name="sdxl-original-text-encoders", parts=(ORIGINAL_CLIP_L, ORIGINAL_CLIP_G)),
     Manifest(name="sdxl-original-unet", parts=(ORIGINAL_UNET,)),
+    Manifest(name="sdxl-original-vae", parts=(ORIGINAL_VAE,)),
+    Manifest(name="sdxl-inpainting", parts=(replace(ORIGINAL_UNET, config=INPAINTING), *ORIGINAL[1:])),
     whole("sdxl-unet-diffusers", UNET, "diffusers", UNET_CONFIG),
     whole("sdxl-unet-diffusers-inpainting", UNET, "diffusers", INPAINTING),
+    whole("sdxl-text-encoder", CLIP, "transformers", VIT_L),
     whole("sdxl-text-encoder-2", CLIP, "transformers", BIG_G),
     whole("sdxl-vae-diffusers", AUTOENCODER, "diffusers", VAE),
     whole("sdxl-vae-bare", AUTOENCODER, "original", VAE),
@@ -177,12 +187,9 @@ FAMILY = Family(
     manifests=MANIFESTS,
     harmless=(
         TURBO_MARKER,
-        "model_ema.*",
+        *TRAINING,
+        *MARKERS,
         "conditioner.embedders.*.logit_scale",
         "conditioner.embedders.*.text_projection*",
-        "*.position_ids",
-        "*loss.*",
-        "v_pred",
-        "ztsnr",
     ),
 )
