@@ -150,7 +150,8 @@ WHOLE_NUMBERS = frozenset({"width", "height", "steps", "text_tokens", "clip_skip
 
 def with_card(family: Defaults, own: Any) -> Defaults:  # noqa: ANN401
     """A family's defaults under those of a folder's calotype.json."""
-    known = {field.name for field in fields(family)} - {"grain", "samplers", "schedules", "shifts", "sizes"}
+    settled = {"grain", "samplers", "schedules", "shifts", "sizes", "original_size"}  # by the network
+    known = {field.name for field in fields(family)} - settled
     if not isinstance(own, dict):
         raise DamagedFile("calotype.json: defaults must be an object")
     unknown = sorted(set(own) - known)  # pyright: ignore[reportUnknownArgumentType]
