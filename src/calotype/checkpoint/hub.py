@@ -17,8 +17,10 @@ SMALL = (
     "tokenizer*.json",
     "special_tokens_map.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer.model",
+    "spiece.model",
     "scheduler_config.json",
 )
 WEIGHTS = ("model*.safetensors", "diffusion_pytorch_model*.safetensors")

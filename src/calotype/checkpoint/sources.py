@@ -18,7 +18,7 @@ SCHEDULER = "scheduler_config.json"
 CARD = "calotype.json"  # a model folder's own variant and defaults
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 SHARDS_INDEX = re.compile(r".*\.index(\.\w+)?\.json")
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 UNUSED = frozenset({"safety_checker", "feature_extractor", "image_encoder"})  # parts of pipelines that do not draw
 # The files of a folder with a config.json, and all that may take their place: shards, variants.
 SAFETENSORS = (("diffusion_pytorch_model.safetensors", "model.safetensors"), "*.safetensors")

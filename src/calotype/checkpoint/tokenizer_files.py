@@ -1,4 +1,7 @@
-"""Tokenizers from files: tokenizer.json, or CLIP's vocab.json with merges.txt, and the ids that frame a prompt."""
+"""Tokenizers from files, and the ids that frame a prompt.
+
+The files are tokenizer.json, CLIP's vocab.json with merges.txt, BERT's vocab.txt, T5's spiece.model.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from calotype.checkpoint.layouts import Settings
 from calotype.checkpoint.sources import read_json
 from calotype.errors import DamagedFile, LoadError
-from calotype.text.tokenizers import PromptTokenizer
+from calotype.text.tokenizers import PromptTokenizer, SentencePieceTokenizer
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MERGES = {49408: 48894}  # of the published vocabulary: each of its tokens but 2 x 256 bytes and 2 marks is a merge
@@ -19,6 +23,16 @@ CLIP_WORDS = Regex(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
 )
 T5_END, T5_PADDING = "</s>", "<pad>"
+BERT_START, BERT_END, BERT_PADDING = "[CLS]", "[SEP]", "[PAD]"
+BERT_MARKS = (BERT_PADDING, "[UNK]", BERT_START, BERT_END, "[MASK]")
+# What begins a prompt, ends it and fills it up: as configurations name it, and as published tokenizers spell it.
+MARKS = {
+    "clip": (("bos", CLIP_START), ("eos", CLIP_END), ("pad", CLIP_END)),
+    "t5": (None, ("eos", T5_END), ("pad", T5_PADDING)),
+    "bert": (("cls", BERT_START), ("sep", BERT_END), ("pad", BERT_PADDING)),
+}
+PUBLISHED_SIZE = 20_000  # tokens: no published tokenizer has fewer; tests' have
+MAX_VOCABULARY = 16 * 2**20  # bytes; mT5's has 4.3 MB
 # OpenCLIP's bigG was trained with id 0 as padding, which its vocabulary, the same as CLIP-L's, calls "!".
 OWN_PADDING = {"clip_g": "!"}
 
@@ -36,6 +50,8 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
         return tokenizer
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return clip_tokenizer(folder / "vocab.json", folder / "merges.txt")
+    if (folder / "vocab.txt").is_file():
+        return bert_tokenizer(folder / "vocab.txt")
     return None
 
 
@@ -83,6 +99,38 @@ def clip_tokenizer(vocab: Path, merges: Path) -> Tokenizer:
                 f"{vocab.parent}: {content[:40]!r} is declared as token {number}, but the vocabulary makes it "
                 f"{tokenizer.token_to_id(content)}"
             )
+    return tokenizer
+
+
+def bert_tokenizer(vocab: Path) -> Tokenizer:
+    """BERT's tokenizer (Devlin et al. 2018) from its list of word pieces, one a line, the first of them number 0.
+
+    Words are cut at white space, punctuation and every Chinese character; case and accents are dropped unless the
+    tokenizer_config.json beside says otherwise; marks like [SEP] are found in a prompt before it is cut. Raises
+    DamagedFile.
+    """
+    if vocab.stat().st_size > MAX_VOCABULARY:
+        raise DamagedFile(f"{vocab}: too large for a list of word pieces")
+    try:
+        # Only line feeds end a line: a piece may be a character that Unicode calls a line's end.
+        pieces = vocab.read_bytes().decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise DamagedFile(f"{vocab}: not text in UTF-8: {error}") from None
+    ids = {piece.removesuffix("\r"): number for number, piece in enumerate(pieces) if piece}
+    lacking = [mark for mark in BERT_MARKS[:4] if mark not in ids]
+    if lacking:
+        raise DamagedFile(f"{vocab}: {lacking[0]} is not among its {len(ids):,} pieces: no BERT's, or cut short")
+    file = vocab.parent / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
+    tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=config.get("tokenize_chinese_chars") is not False,
+        strip_accents=config.get("strip_accents"),  # None: as lowercase
+        lowercase=config.get("do_lower_case") is not False,
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens([mark for mark in BERT_MARKS if mark in ids])
     return tokenizer
 
 
@@ -158,9 +206,10 @@ def _special(value: Any) -> AddedToken | None:
 
 
 def kind(tokenizer: Tokenizer) -> str | None:
-    """Which encoder a published tokenizer is for, clip or t5; None for one of another make."""
-    marks = {mark for mark in (CLIP_START, T5_END) if tokenizer.token_to_id(mark) is not None}
-    return {CLIP_START: "clip", T5_END: "t5"}[marks.pop()] if len(marks) == 1 else None
+    """Which encoder a published tokenizer is for, clip, t5 or bert; None for one of another make."""
+    of = {CLIP_START: "clip", T5_END: "t5", BERT_START: "bert"}
+    marks = {mark for mark in of if tokenizer.token_to_id(mark) is not None}
+    return of[marks.pop()] if len(marks) == 1 else None
 
 
 def prompt_tokenizer(
@@ -173,30 +222,57 @@ def prompt_tokenizer(
     have too: a role with a padding of its own (clip_g, "!") then has that. Raises LoadError where nothing settles them,
     or an id does not fit the encoder's vocabulary.
     """
-    marks = _marks(folder, tokenizer)
-    clip = role.startswith("clip")
-    usual = {"bos": CLIP_START, "eos": CLIP_END, "pad": CLIP_END} if clip else {"eos": T5_END, "pad": T5_PADDING}
+    declared = _marks(folder, tokenizer)
+    marks = MARKS["clip" if role.startswith("clip") else role]
 
-    def find(name: str) -> int | None:
-        named = marks.get(name)
-        if named is None and usual.get(name):
-            named = tokenizer.token_to_id(usual[name])
+    def find(mark: tuple[str, str] | None) -> int | None:
+        if mark is None:
+            return None
+        name, usual = mark
+        named = declared.get(name, tokenizer.token_to_id(usual))
         given = settings.get(f"{name}_token_id")
         return named if named is not None else given if isinstance(given, int) else None
 
-    start, end, padding = find("bos") if clip else None, find("eos"), find("pad")
+    start, end, padding = (find(mark) for mark in marks)
     if shared and role in OWN_PADDING:
         padding = tokenizer.token_to_id(OWN_PADDING[role])
-    if end is None or (clip and start is None):
+    if end is None or (start is None and marks[0] is not None):
         raise LoadError(f"{folder}: nothing says which token ends a prompt ({role}); add a tokenizer_config.json")
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     largest = max(size - 1, *(number for number in (start, end, padding) if number is not None))
-    if largest >= vocabulary:
+    _check_vocabulary(folder, role, largest + 1, vocabulary)
+    return PromptTokenizer(tokenizer, start=start, end=end, padding=end if padding is None else padding)
+
+
+def sentencepiece_tokenizer(folder: Path, role: str, vocabulary: int) -> SentencePieceTokenizer | None:
+    """The tokenizer of a `spiece.model` in a folder; None without one.
+
+    Raises DamagedFile for what sentencepiece cannot read, LoadError for another model's tokenizer.
+    """
+    path = folder / "spiece.model"
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MAX_VOCABULARY:
+        raise DamagedFile(f"{path}: too large for a sentencepiece model")
+    try:
+        processor = SentencePieceProcessor()
+        processor.LoadFromSerializedProto(path.read_bytes())
+    except RuntimeError as error:  # the library raises nothing more specific
+        raise DamagedFile(f"{path}: not a sentencepiece model, or cut short ({error}); fetch it again") from error
+    if processor.eos_id() < 0:
+        raise DamagedFile(f"{path}: this sentencepiece model has no end token, which {role} reads at a prompt's end")
+    _check_vocabulary(folder, role, processor.vocab_size(), vocabulary)
+    end, padding = processor.eos_id(), processor.pad_id()
+    return SentencePieceTokenizer(processor, start=None, end=end, padding=end if padding < 0 else padding)
+
+
+def _check_vocabulary(folder: Path, role: str, has: int, wanted: int) -> None:
+    """LoadError for a tokenizer with ids that the encoder does not know, or a published one with few that it knows."""
+    if has > wanted or PUBLISHED_SIZE <= has < wanted // 2:
         raise LoadError(
-            f"{folder}: this tokenizer has ids up to {largest}, but the {role} encoder knows {vocabulary} tokens: it "
+            f"{folder}: this tokenizer has ids up to {has - 1}, but the {role} encoder knows {wanted} tokens: it "
             "belongs to another model"
         )
-    return PromptTokenizer(tokenizer, start=start, end=end, padding=end if padding is None else padding)
 
 
 def _marks(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
@@ -206,7 +282,7 @@ def _marks(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
         if not (folder / file).is_file():
             continue
         named: Mapping[str, Any] = read_json(folder / file)
-        for name in ("bos", "eos", "pad"):
+        for name in ("bos", "eos", "pad", "cls", "sep"):
             token = named.get(f"{name}_token")
             content = token.get("content") if isinstance(token, dict) else token  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
             number = tokenizer.token_to_id(content) if isinstance(content, str) else None

@@ -76,9 +76,14 @@ class BertEncoder(nn.Module):
         self.norm_in = nn.LayerNorm(config.width, EPSILON)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: large weights may be elsewhere meanwhile, norms are not."""
+        return self.norm_in.weight.device
+
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.kinds.weight[0] + self.positions.weight[: ids.shape[1]]
-        x = self.norm_in(x)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        x = self.norm_in(self.tokens(ids) + self.kinds(torch.zeros_like(places)) + self.positions(places))
         bias = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill(~mask, -torch.inf)[:, None, None]
         for layer in self.layers:
             x = layer(x, bias)

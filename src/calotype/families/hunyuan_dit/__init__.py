@@ -98,12 +98,14 @@ class HunyuanModel(FamilyModel[HunyuanConditioning]):
     def denoiser(self, conditioning: HunyuanConditioning, levels: Sequence[Level], job: Job) -> Denoise:
         network = self.transformer
         number = {level: i for i, level in enumerate(levels)}
-        told = torch.tensor([told_sizes(job)] * len(conditioning.text), device=self.device)
+        told = None
+        if network.config.styled:
+            told = torch.tensor([told_sizes(job)] * len(conditioning.text), device=self.device)
         prepared = network.prepare(
             conditioning.text,
             conditioning.t5,
             conditioning.mask,
-            told if network.config.styled else None,
+            told,
             torch.tensor([level.time for level in levels], device=self.device),
             job.height // self.grain,
             job.width // self.grain,

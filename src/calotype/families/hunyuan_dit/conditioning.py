@@ -29,11 +29,14 @@ def condition(
     t5_tokens: int,
 ) -> HunyuanConditioning:
     """Both encoders read the prompt, each cut at its own length; of the text beyond, nothing is kept."""
-    device = bert.tokens.weight.device
-    ids, mask = (each.to(device) for each in bert_tokenizer.masked(prompt, text_tokens))
-    t5_ids, t5_mask = (each.to(device) for each in t5_tokenizer.masked(prompt, t5_tokens))
+    device, t5_device = bert.device, t5.device
+    ids, mask = bert_tokenizer.masked(prompt, text_tokens)
+    t5_ids, t5_mask = t5_tokenizer.masked(prompt, t5_tokens)
+    text: Tensor = bert(ids.to(device), mask.to(device))
     return HunyuanConditioning(
-        text=bert(ids, mask), t5=t5(t5_ids, t5_mask), mask=torch.cat([mask, t5_mask], dim=1)
+        text=text.to(t5_device),
+        t5=t5(t5_ids.to(t5_device), t5_mask.to(t5_device)),
+        mask=torch.cat([mask, t5_mask], dim=1).to(t5_device),
     )
 
 

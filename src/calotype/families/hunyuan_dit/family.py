@@ -153,9 +153,7 @@ MANIFESTS = (
     ),
     Manifest(
         name="hunyuan-dit-mt5",
-        parts=(
-            ManifestPart(part=T5, layout="transformers", config=MT5_XL, extras=("encoder.embed_tokens.weight",)),
-        ),
+        parts=(ManifestPart(part=T5, layout="transformers", config=MT5_XL, extras=("encoder.embed_tokens.weight",)),),
         more=_decoder(),
     ),
     whole(

@@ -1,5 +1,6 @@
-"""Hunyuan-DiT's transformer (Li et al. 2024): blocks of self-attention, cross-attention to text, and an MLP, where those
-of the second half take back what those of the first left.
+"""Hunyuan-DiT's transformer (Li et al. 2024): blocks of self-attention, cross-attention to text, and an MLP.
+
+Those of the second half take back what those of the first half left.
 
 Whatever does not depend on the noisy picture is computed once a job by `prepare`: what time, size, style and pooled
 text add to every block at all levels, the keys and values that text gives to every cross-attention, the rotations.
@@ -69,7 +70,8 @@ class Pool(nn.Module):
         self.out = Linear(d, config.pooled_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positions.weight
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)
+        x = x + self.positions(torch.arange(x.shape[1], device=x.device))
         q, k, v = (split_heads(y, POOL_HEADS) for y in (self.q(x[:, :1]), self.k(x), self.v(x)))
         return self.out(attention(q, k, v))[:, 0]
 
@@ -111,14 +113,14 @@ class Conditioner(nn.Module):
         assert (sizes is None) == (self.style is None)
         if self.style is not None and sizes is not None:
             extra.append(sinusoid(sizes, SINUSOID).flatten(1).to(t5.dtype))
-            extra.append(self.style.weight.expand(len(t5), -1))
+            extra.append(self.style(torch.zeros(len(t5), dtype=torch.int64, device=t5.device)))
         time = self.time_in(sinusoid(times, SINUSOID).to(t5.dtype))
         return F.silu(time + self.extra_in(torch.cat(extra, dim=1)))
 
     def texts(self, text: Tensor, t5: Tensor, mask: Tensor) -> Tensor:
         """Both encoders' states as one sequence, padding replaced by what was learned for its place: (b m d_text)."""
         both = torch.cat([text, self.t5_in(t5)], dim=1)
-        return torch.where(mask[..., None], both, self.padding.weight)
+        return torch.where(mask[..., None], both, self.padding(torch.arange(both.shape[1], device=both.device)))
 
 
 class SelfAttention(nn.Module):
