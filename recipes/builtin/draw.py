@@ -24,7 +24,6 @@ from calotype.families.flux import FluxModel
 from calotype.families.flux.conditioning import joined
 from calotype.generate import Picture, stream
 from calotype.image import to_tensor
-from calotype.memory.residency import resident
 from calotype.nn.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from calotype.request import Request
 from calotype.sampling.guidance import guided_both
@@ -135,10 +134,10 @@ def _together(model: FluxModel, prompts: Sequence[str], seeds: Sequence[int], se
         rows = [torch.randn((1, *model.noise_shape(job)), generator=generator) for generator in generators]
         return torch.cat(rows).to(model.device)
 
-    with resident(*model.encoders, device=model.device):
+    with model.memory.holding(*model.encoders):
         conditioning = reduce(joined, [model.condition(prompt, job, negative=False) for prompt in prompts])
         nothing = reduce(joined, [model.condition("", job, negative=True)] * len(prompts))
-    with resident(model.backbone, device=model.device):
+    with model.memory.holding(model.backbone):
         if job.cfg_scale == 1:
             denoise = model.denoiser(conditioning, asked, job)
         else:
@@ -147,7 +146,7 @@ def _together(model: FluxModel, prompts: Sequence[str], seeds: Sequence[int], se
         x = model.start(job, levels, noise)
         for step in sampler(denoise, x, levels, noise):
             x = step.x
-    with resident(model.vae, device=model.device):
+    with model.memory.holding(model.vae):
         return model.decode(x).clamp(0, 1).cpu()
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         MissingPart,
         NonFiniteImage,
         NotAModel,
+        OutOfMemory,
         OutputError,
         RequestError,
         SourceNotFound,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
         UnsupportedModel,
         WrongShape,
     )
-    from calotype.generate import Model, Picture, Progress
+    from calotype.generate import Lowered, Model, Picture, Progress
     from calotype.image import read_metadata, save
     from calotype.loading import Description, describe, load
     from calotype.request import Request, Size
@@ -43,12 +44,14 @@ __all__ = [
     "Description",
     "GenerationError",
     "LoadError",
+    "Lowered",
     "MetadataError",
     "MissingKeys",
     "MissingPart",
     "Model",
     "NonFiniteImage",
     "NotAModel",
+    "OutOfMemory",
     "OutputError",
     "Picture",
     "Progress",
@@ -70,6 +73,7 @@ __all__ = [
 
 _HOMES = {
     "Description": "loading",
+    "Lowered": "generate",
     "Model": "generate",
     "Picture": "generate",
     "Progress": "generate",

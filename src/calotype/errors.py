@@ -14,7 +14,8 @@
     │   ├── UnexpectedKeys        a part with tensors that its layout does not have
     │   └── WrongShape            a tensor whose shape the layout does not allow
     ├── GenerationError       a job that started and could not be finished
-    │   └── NonFiniteImage        the network or the decoder returned NaN or infinity
+    │   ├── NonFiniteImage        the network or the decoder returned NaN or infinity
+    │   └── OutOfMemory           the job does not fit, with as little of the model in memory as possible
     ├── OutputError           a result that could not be written where it was asked for
     └── MetadataError         a picture without readable Calotype metadata
 
@@ -130,6 +131,10 @@ class GenerationError(CalotypeError):
 
 class NonFiniteImage(GenerationError):
     """The network or the decoder returned NaN or infinity: never shown as a black picture."""
+
+
+class OutOfMemory(GenerationError, MemoryError):
+    """A job that does not fit, with as little of the model in memory as possible. The next, smaller one may."""
 
 
 class OutputError(CalotypeError, OSError):

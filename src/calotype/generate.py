@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from calotype.errors import NonFiniteImage
+from calotype.errors import NonFiniteImage, OutOfMemory
 from calotype.families.model import FamilyModel
 from calotype.image import embed_metadata, input_picture, to_pil, to_tensor
-from calotype.memory.residency import resident
+from calotype.memory.ladder import Rung, out_of_memory
 from calotype.request import Job, Request
 from calotype.sampling.guidance import guided, guided_both
 from calotype.sampling.samplers import SAMPLERS, Denoise, Sampler, evaluated
@@ -48,7 +48,20 @@ class Picture:
     seed: int
 
 
-Event = Progress | Picture
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """Memory ran out: the picture is begun anew, with less of the model on the device at a time from now on.
+
+    `before` and `rung` are rungs of the memory ladder (`calotype.memory.ladder`).
+    """
+
+    picture: int  # from 0
+    before: Rung
+    rung: Rung
+    reason: str
+
+
+Event = Progress | Picture | Lowered
 Events = Generator[Event, None, None]
 
 
@@ -58,25 +71,56 @@ def stream(
 ) -> Events:
     """Draw `request.count` pictures, one after another: `steps` of Progress, then a Picture, for each.
 
+    A picture that runs out of memory is begun anew one rung lower on the memory ladder, which an event says.
+
     Picture k depends on seed + k alone, not on how many are asked for: its noise comes from a generator of its own,
     on the CPU in float32, and it is computed by itself. `cache` remembers what prompts became. `batched_guidance` runs
     both sides of classifier-free guidance in one pass instead of two.
 
-    Raises RequestError before any work, NonFiniteImage instead of a black picture.
+    Raises RequestError before any work, NonFiniteImage instead of a black picture, OutOfMemory on the last rung.
     """
     picture = None if request.input_image is None else input_picture(request.input_image)
     job = request.complete(model.defaults, seed=secrets.randbelow(2**32), picture=picture)
+    cache = PromptCache() if cache is None else cache
+    done = 0
+    while done < job.count:
+        try:
+            with closing(_pictures(model, job, cache, batched_guidance, first=done)) as events:
+                for event in events:
+                    yield event
+                    done += isinstance(event, Picture)
+            return
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            reason = str(error).strip().split("\n")[0]
+        # What the failed job held is free from here on: the error, and the frames in its traceback, are gone.
+        before = model.memory.rung
+        if not model.memory.lower():
+            model.memory.release()
+            raise OutOfMemory(
+                f"{job.width}x{job.height} does not fit into the memory of {model.device}, with one layer there at a "
+                f"time ({reason}); ask for a smaller picture, or close what else uses that memory"
+            )
+        yield Lowered(picture=done, before=before, rung=model.memory.rung, reason=reason)
+
+
+def _pictures(model: FamilyModel[C], job: Job, cache: PromptCache[C], batched_guidance: bool, *, first: int) -> Events:
+    """The pictures of a job from number `first` on."""
     sampler = SAMPLERS[job.sampler]
     levels = model.levels(job)
     prompts = [job.prompt] if job.cfg_scale == 1 else [job.prompt, job.negative_prompt]
-    positive, *negative = _conditioned(model, prompts, job, PromptCache() if cache is None else cache)
+    positive, *negative = _conditioned(model, prompts, job, cache)
     begun = _encoded(model, job)
-    with resident(model.backbone, device=model.device):
+    with ExitStack() as stack:
+        stack.enter_context(model.memory.holding(model.backbone))
         denoise = _denoiser(model, job, sampler, positive, negative, batched_guidance)
-        for k in range(job.count):
+        for k in range(first, job.count):
+            if k > first:
+                stack.enter_context(model.memory.holding(model.backbone))
             noise = _noise(job.seed + k, (1, *model.noise_shape(job)), model.device)
-            first = levels.path[0]
-            x = model.start(job, levels, noise) if begun is None else first.alpha * begun + first.sigma * noise()
+            top = levels.path[0]
+            x = model.start(job, levels, noise) if begun is None else top.alpha * begun + top.sigma * noise()
             for step in sampler(denoise, x, levels, noise):
                 x = step.x
                 yield Progress(
@@ -86,7 +130,8 @@ def stream(
                     steps=step.total,
                     preview=lambda clean=step.clean: _preview(model, clean),
                 )
-            with resident(model.vae, device=model.device):
+            stack.close()  # the decoder may need the room
+            with model.memory.holding(model.vae):
                 decoded = model.decode(x)
             yield _picture(model, decoded, job, k)
 
@@ -117,7 +162,7 @@ def _conditioned(model: FamilyModel[C], prompts: Sequence[str], job: Job, cache:
     keys = [(prompt, number > 0, model.conditioned_by(job)) for number, prompt in enumerate(prompts)]
     known = {key: cache.get(key) for key in keys}
     if None in known.values():
-        with resident(*model.encoders, device=model.device):
+        with model.memory.holding(*model.encoders):
             for key, value in known.items():
                 if value is None:
                     known[key] = value = model.condition(key[0], job, negative=key[1])
@@ -129,7 +174,7 @@ def _encoded(model: FamilyModel[C], job: Job) -> Tensor | None:
     """The input image's clean latents; None where there is none."""
     if job.input_image is None:
         return None
-    with resident(model.vae, device=model.device):
+    with model.memory.holding(model.vae):
         return model.encode(to_tensor(job.input_image)[None].to(model.device))
 
 
@@ -158,7 +203,7 @@ def _noise(seed: int, shape: tuple[int, ...], device: torch.device) -> Callable[
 
 
 def _preview(model: FamilyModel[C], clean: Tensor) -> Image.Image:
-    with torch.inference_mode(), resident(model.vae, device=clean.device):
+    with torch.inference_mode(), model.memory.holding(model.vae):
         return to_pil(model.preview(clean).nan_to_num(0.5)[0])
 
 

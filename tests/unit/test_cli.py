@@ -833,6 +833,9 @@ class SlowImage:
         print("saving", file=sys.stderr, flush=True)
         time.sleep(60)
 
+class Lowered:
+    pass
+
 class Model:
     name = "slow"
     storage_errors = {}
@@ -848,7 +851,7 @@ class Model:
             print("closed", file=sys.stderr, flush=True)
 
 # Stand-ins that come without torch, so that this starts at once.
-for name, content in (("generate", {"Progress": Progress}), ("loading", {"load": lambda *a, **k: Model()})):
+for name, content in (("generate", {"Lowered": Lowered, "Picture": Picture, "Progress": Progress}), ("loading", {"load": lambda *a, **k: Model()})):
     module = types.ModuleType("calotype." + name)
     vars(module).update(content)
     sys.modules[module.__name__] = module

@@ -15,6 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -262,6 +263,17 @@ class Binding:
         names = self.resolve(weights)
         return ((item.ours, put_together(item, weights, names, dtype, mapped=mapped)) for item in self.bound)
 
+    def places(
+        self, weights: Weights, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor | Callable[[], Tensor]]]:
+        """As `load`, but what is no view of the file is not read yet: it comes as what reads it."""
+        names = self.resolve(weights)
+        for item in self.bound:
+            if is_view(item, weights, names, dtype):
+                yield item.ours, put_together(item, weights, names, dtype, mapped=True)
+            else:
+                yield item.ours, partial(put_together, item, weights, names, dtype, mapped=False)
+
     def save(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Their tensors from our state dict, one at a time: the inverse of `load`."""
         for key in self.shapes:
@@ -287,6 +299,13 @@ class Binding:
         return out.reshape(source.shape)
 
 
+def is_view(item: Bound, weights: Weights, names: Mapping[str, str], dtype: torch.dtype | None) -> bool:
+    """Whether one of ours lies in the file just as it is wanted."""
+    first, *more = item.sources
+    stored = weights[names[first.key]].dtype
+    return not (more or first.transposed) and len(first.spans) == 1 and stored == (dtype or stored)
+
+
 def put_together(
     item: Bound, weights: Weights, names: Mapping[str, str], dtype: torch.dtype | None, *, mapped: bool
 ) -> Tensor:
@@ -302,7 +321,7 @@ def put_together(
     first = item.sources[0]
     if first.transposed:
         return weights.mapped(names[first.key]).t().to(target, copy=True).contiguous()
-    if mapped and stored == {target} and len(item.sources) == 1 and len(first.spans) == 1:
+    if mapped and is_view(item, weights, names, dtype):
         span, theirs = first.spans[0], weights.mapped(names[first.key])
         return (theirs[span.theirs : span.theirs + span.height] if item.shape else theirs).reshape(item.shape)
     out = torch.empty(item.shape, dtype=target)

@@ -71,7 +71,7 @@ def generate(
     ] = None,
     device: Annotated[str | None, _model("NAME", "cpu, cuda, cuda:1, mps, ...")] = None,
     dtype: Annotated[str | None, _model("NAME", "float32, bfloat16 or float16.")] = None,
-    memory: Annotated[str, _model("MODE", "auto, or resident: all weights are read at once.")] = "auto",
+    memory: Annotated[str, _model("MODE", "How much stays loaded: auto, resident, components or stream.")] = "auto",
     backend: Annotated[str, _model("NAME", "torch, or openvino: the UNet families, faster on a CPU.")] = "torch",
     storage: Annotated[
         list[str] | None, _model("PART=TYPE", "Keep a part in int8 or int4, as chatglm=int4; repeat it for others.")
@@ -146,14 +146,17 @@ def generate(
 
 def draw(model: Model[Any], request: Request, target: Target, preview: Path | None, show: Silent) -> None:
     """Run a request, write each picture as it is finished, and print its path."""
-    from calotype.generate import Progress
+    from calotype.generate import Lowered, Picture
 
     with closing(model.stream(request)) as events:
         for number in range(request.count):
             with show.picture(number, request.count) as step:
                 for event in events:
-                    if not isinstance(event, Progress):
+                    if isinstance(event, Picture):
                         break
+                    if isinstance(event, Lowered):
+                        _note(f"out of memory with memory={event.before}; going on with memory={event.rung}")
+                        continue
                     step(event)
                     if preview is not None:
                         save(event.preview(), preview)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from calotype.memory.ladder import Memory
 from calotype.request import Defaults, Job
 from calotype.sampling.guidance import Both, Prediction
 from calotype.sampling.levels import Level, Levels
@@ -29,6 +31,11 @@ class FamilyModel(ABC, Generic[C]):
     encoders: tuple[nn.Module, ...]
     backbone: nn.Module
     vae: nn.Module
+
+    @cached_property
+    def memory(self) -> Memory:
+        """How the networks get to the device; all of them stay there unless `load` says otherwise."""
+        return Memory(self.device)
 
     @abstractmethod
     def condition(self, prompt: str, job: Job, *, negative: bool) -> C:

@@ -36,12 +36,16 @@ from calotype.loading.describe import Description, PartDescription, describe
 from calotype.loading.gather import Chosen, Item, Opened, choose, gather
 from calotype.loading.manifests import manifest, manifests
 from calotype.loading.tokenizers import tokenizer_for
+from calotype.memory.ladder import RUNGS, Memory, Rung
+from calotype.memory.layers import Maker
+from calotype.memory.pages import Mapping as MappedFile
+from calotype.memory.plan import choose as choose_rung
 from calotype.nn.quantized import Bits, QuantizedLinear, fill_quantized, relative_error
 
 __all__ = ["Description", "PartDescription", "convert", "describe", "load", "manifest", "manifests"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MEMORY = ("auto", "resident")
+MEMORY = ("auto", *RUNGS)
 STORAGES: dict[str, Bits] = {"int8": 8, "int4": 4}
 BACKENDS = ("torch", "openvino")
 Source = str | os.PathLike[str]
@@ -60,7 +64,9 @@ def load(
     device   where it computes: "cuda" where there is one, else "cpu"
     dtype    "float32", "bfloat16" or "float16"; None keeps what each part is stored in (fp8 becomes bfloat16), or
              what the model's own calotype.json asks for
-    memory   "auto" leaves weights in their files until they are needed; "resident" reads all of them now
+    memory   how much of the model is on the device at a time: "resident" all of it, read now; "components" one part;
+             "stream" one layer; "auto" the first of these that fits into the memory free now (then weights on the CPU
+             stay in their files until they are needed). Pictures are the same on each
     backend  "torch", or "openvino" (the extra calotype[openvino]): the UNet families' steps and decoder on the CPU,
              faster than torch there and equal to rounding; graphs are compiled when a size is first met
     storage  "int8" or "int4" for parts by name, as {"chatglm": "int4"}: their matrices are kept in groups of so many
@@ -99,10 +105,15 @@ def load(
         role: tokenizer_for(part, configs[role], opened) for role, part in chosen.items() if part.role.tokenizer
     }
     stored = _bits(family, asked)
-    networks = {role: _network(part, configs[role], wanted, memory, stored.get(role)) for role, part in chosen.items()}
-    if target.type != "cpu" and (memory == "resident" or _fits(list(networks.values()), target)):
-        for network in networks.values():
-            network.to(target)
+    read_now = memory == "resident"
+    built = {role: _network(part, configs[role], wanted, stored.get(role), read_now) for role, part in chosen.items()}
+    networks = {role: network for role, (network, _) in built.items()}
+    rung = choose_rung(networks, target) if memory == "auto" else _rung(memory)
+    if backend == "openvino" and rung != "resident":
+        rung = "resident"  # its graphs hold weights of their own
+    if rung == "resident":
+        for network, makers in built.values():
+            _complete(network, makers).to(target)
     model = family.assemble(
         Assembly(
             networks=networks,
@@ -114,6 +125,12 @@ def load(
             source=opened.name,
             device=target,
         )
+    )
+    model.memory = Memory(
+        target,
+        rung,
+        makers={} if rung == "resident" else dict(built.values()),
+        files=() if read_now else _files(chosen),
     )
     if backend == "openvino":
         if not isinstance(model, UNetModel):
@@ -205,20 +222,46 @@ def _network(
     part: Chosen,
     config: Any,  # noqa: ANN401
     dtype: torch.dtype | None,
-    memory: str,
     bits: Bits | None,
-) -> nn.Module:
-    """The part's network with its weights, in one dtype throughout."""
+    read_now: bool,
+) -> tuple[nn.Module, dict[str, Maker]]:
+    """The part's network in one dtype throughout, and what reads those of its weights that are still on meta."""
     found = part.found
     network, binding = found.bind(config)
     dtype = dtype or stored_dtype(found.weights)
     if dtype == torch.float16 and part.role.upcast and found.settings.get("force_upcast", True):
         dtype = torch.float32
+    makers: dict[str, Maker] = {}
     if bits is not None:
         fill_quantized(network, binding.tensors(found.weights, dtype), bits)
+    elif read_now:
+        network.load_state_dict(binding.load(found.weights, dtype, mapped=False), assign=True)
     else:
-        network.load_state_dict(binding.load(found.weights, dtype, mapped=memory == "auto"), assign=True)
-    return network.requires_grad_(False).eval()
+        network.to(dtype)  # on meta: what is read later has its type now
+        views: dict[str, Tensor] = {}
+        for name, value in binding.places(found.weights, dtype):
+            if isinstance(value, Tensor):
+                views[name] = value
+            else:
+                makers[name] = value
+        network.load_state_dict(views, strict=False, assign=True)
+    return network.requires_grad_(False).eval(), makers
+
+
+def _complete(network: nn.Module, makers: Mapping[str, Maker]) -> nn.Module:
+    """The network with all of its weights."""
+    network.load_state_dict({name: make() for name, make in makers.items()}, strict=False, assign=True)
+    return network.requires_grad_(False)
+
+
+def _files(chosen: Mapping[str, Chosen]) -> tuple[MappedFile, ...]:
+    """The files that weights are views of, as they are mapped."""
+    entries = [entry for part in chosen.values() for entry in part.found.weights.values()]
+    return tuple(MappedFile.of(file.mapping) for file in dict.fromkeys(entry.file for entry in entries))
+
+
+def _rung(memory: str) -> Rung:
+    return RUNGS[RUNGS.index(memory)]  # pyright: ignore[reportArgumentType]  a name that was checked
 
 
 def _is_embedding(item: Item) -> bool:
@@ -268,12 +311,3 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, str) and dtype in DTYPES:
         return DTYPES[dtype]
     raise RequestError("dtype", str(dtype), "one of " + ", ".join(DTYPES))
-
-
-def _fits(networks: list[nn.Module], device: torch.device) -> bool:
-    """Whether all weights, and a quarter more to compute with, fit into the device's free memory."""
-    if device.type != "cuda":
-        return True
-    weights = sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
-    free, _ = torch.cuda.mem_get_info(device)
-    return weights * 1.25 < free

@@ -33,12 +33,13 @@ def widened(x: Tensor) -> bool:
 class Linear(nn.Linear):
     """torch's linear layer; on a CPU without half-precision arithmetic, large products are taken in float32.
 
-    The result is rounded once, to the dtype that came in: nearer to the exact one than the emulation is.
+    The result is rounded once, to the dtype that came in: nearer to the exact one than the emulation is. An input of
+    float32 is answered in float32, whatever the weights are stored in.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         weight = self.weight
-        if not widened(weight) or input.numel() < ROWS * input.shape[-1]:
+        if input.dtype == weight.dtype and (not widened(weight) or input.numel() < ROWS * input.shape[-1]):
             return F.linear(input, weight, self.bias)
         bias = None if self.bias is None else self.bias.float()  # pyright: ignore[reportUnnecessaryComparison]
         return F.linear(input.float(), weight.float(), bias).to(input.dtype)

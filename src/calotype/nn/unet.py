@@ -228,6 +228,13 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(GROUPS, widths[0])
         self.conv_out = Conv2d(widths[0], config.channels_out, 3, padding=1)
 
+    def only_for_preparing(self) -> tuple[nn.Module, ...]:
+        """What no step needs: time, vectors and text on their way in, and cross-attention's keys and values."""
+        inputs = [module for module in (self.time_in, self.vector_in, self.text_in) if module is not None]
+        times = [block.time for block in self.modules() if isinstance(block, ResidualBlock)]
+        texts = [pair for block in self.modules() if isinstance(block, CrossAttention) for pair in (block.k, block.v)]
+        return (*inputs, *times, *texts)
+
     def prepare(self, texts: Sequence[Tensor], vector: Tensor | None, times: Tensor) -> Prepared:
         """What the steps of one job share.
 

@@ -100,6 +100,13 @@ class ChatGlmEncoder(nn.Module):
         self.tokens = nn.Embedding(config.vocabulary, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: large weights may be elsewhere meanwhile, norms are not."""
+        first = self.layers[0]
+        assert isinstance(first, Layer)
+        return first.attention_norm.weight.device
+
     def forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> GlmStates:
         x = self.tokens(ids)
         rope = rope_table(positions.reshape(-1, 1), (self.config.head_width // 2,), THETA)

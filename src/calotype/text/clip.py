@@ -110,12 +110,17 @@ class ClipEncoder(nn.Module):
         self.norm_out = nn.LayerNorm(config.width)
         self.projection = Linear(config.width, config.projection, bias=False) if config.projection else None
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: large weights may be elsewhere meanwhile, norms are not."""
+        return self.norm_out.weight.device
+
     def forward(self, ids: Tensor, inserted: Sequence[Inserted] = ()) -> ClipStates:
         x = self.tokens(ids)
         for row, pieces in enumerate(inserted):
             for start, vectors in pieces:
                 x[row, start : start + len(vectors)] = vectors.to(x)
-        x = x + self.positions.weight[: ids.shape[1]]
+        x = x + self.positions(torch.arange(ids.shape[1], device=ids.device))
         hidden = [x]
         for layer in self.layers:
             x = layer(x)

@@ -97,7 +97,7 @@ def encode(
     """
     length = encoder.config.positions
     pieces = chunks(prompt, tokenizer, length=length, embeddings=embeddings, at_least=at_least)
-    device = encoder.tokens.weight.device
+    device = encoder.device
     ids = torch.cat([piece.ids for piece in pieces])
     weights = torch.cat([piece.weights for piece in pieces]).to(device)[:, :, None]
     weighted = bool((weights != 1).any())

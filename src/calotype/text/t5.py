@@ -90,7 +90,7 @@ class Layer(nn.Module):
         y = F.gelu(self.mlp_gate(y), approximate="tanh") * self.mlp_in(y)
         if y.dtype == torch.float16:
             # The widest activations of T5-XXL overflow float16: this product is taken in float32.
-            return _finite(x + F.linear(y.float(), self.mlp_out.weight.float()).to(y.dtype))
+            return _finite(x + self.mlp_out(y.float()).to(y.dtype))
         return x + self.mlp_out(y)
 
 
@@ -113,6 +113,11 @@ class T5Encoder(nn.Module):
         self.position_bias = nn.Embedding(config.buckets, config.heads)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm_out = RMSNorm(config.width)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: large weights may be elsewhere meanwhile, norms are not."""
+        return self.norm_out.weight.device
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         buckets = position_buckets(ids.shape[1], self.config.buckets, self.config.distance).to(ids.device)

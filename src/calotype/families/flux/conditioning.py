@@ -27,8 +27,8 @@ def encode(
     text_tokens: int,
 ) -> FluxConditioning:
     """One prompt's conditioning: T5 sees up to `text_tokens` pieces of it, CLIP as many as it has positions."""
-    device = clip.tokens.weight.device
-    text: Tensor = t5(t5_tokenizer(prompt, text_tokens).to(t5.tokens.weight.device))
+    device = clip.device
+    text: Tensor = t5(t5_tokenizer(prompt, text_tokens).to(t5.device))
     pooled: Tensor = clip(clip_tokenizer(prompt, clip.config.positions).to(device)).pooled
     return FluxConditioning(text=text, pooled=pooled.to(text.device))
 

@@ -164,6 +164,11 @@ class FluxNetwork(nn.Module):
         self.single = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
         self.out = Linear(d, config.image_width_out)
 
+    def only_for_preparing(self) -> tuple[nn.Module, ...]:
+        """What no step needs: a good quarter of the weights."""
+        inputs = (self.text_in, self.time_in, self.pooled_in, self.modulation)
+        return inputs if self.guidance_in is None else (*inputs, self.guidance_in)
+
     def prepare(
         self, text: Tensor, pooled: Tensor, guidance: float | None, times: Tensor, rows: int, columns: int
     ) -> Prepared:

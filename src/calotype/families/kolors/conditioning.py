@@ -26,7 +26,7 @@ def condition(
     `sizes` as in SDXL: height and width of the original, top and left of the crop, height and width aimed at.
     """
     tokens = tokenizer(prompt, text_tokens)
-    device = encoder.tokens.weight.device
+    device = encoder.device
     states = encoder(tokens.ids.to(device), tokens.positions.to(device), tokens.mask.to(device))
     told = sinusoid(torch.tensor(sizes, device=device), size_width).flatten()[None]
     return UNetConditioning(text=states.penultimate, vector=torch.cat([states.pooled.float(), told], dim=1))
