@@ -851,7 +851,8 @@ class Model:
             print("closed", file=sys.stderr, flush=True)
 
 # Stand-ins that come without torch, so that this starts at once.
-for name, content in (("generate", {"Lowered": Lowered, "Picture": Picture, "Progress": Progress}), ("loading", {"load": lambda *a, **k: Model()})):
+events = {"Lowered": Lowered, "Picture": Picture, "Progress": Progress}
+for name, content in (("generate", events), ("loading", {"load": lambda *a, **k: Model()})):
     module = types.ModuleType("calotype." + name)
     vars(module).update(content)
     sys.modules[module.__name__] = module
