@@ -56,10 +56,13 @@ def real_tokenizer(name: str) -> Path | None:
 
 
 def clip_tokenizer(folder: Path, padding: str | None = None) -> None:
-    """CLIP's tokenizer where DiffSynth is installed, else a small stand-in. `padding` is SDXL's second encoder's."""
+    """CLIP's tokenizer where DiffSynth is installed, else a small stand-in. `padding` is SDXL's second encoder's.
+
+    DiffSynth's own copy of that one is damaged; SD3's is the same tokenizer, whole.
+    """
     if folder.is_dir():
         return
-    real = real_tokenizer("stable_diffusion_xl/tokenizer_2" if padding else "stable_diffusion/tokenizer")
+    real = real_tokenizer("stable_diffusion_3/tokenizer_2" if padding else "stable_diffusion/tokenizer")
     if real is not None:
         shutil.copytree(real, folder)
         return
