@@ -33,6 +33,7 @@ class Chunk(NamedTuple):
     ids: Tensor  # (1 n) int64; under inserted vectors the start token's id stands
     weights: Tensor  # (1 n) float32, 1 for start, end and padding
     inserted: tuple[tuple[int, Tensor], ...]  # where, and the vectors (m d) that stand there
+    weighted: bool  # whether any weight is not 1
 
 
 class Encoded(NamedTuple):
@@ -100,7 +101,7 @@ def encode(
     device = encoder.device
     ids = torch.cat([piece.ids for piece in pieces])
     weights = torch.cat([piece.weights for piece in pieces]).to(device)[:, :, None]
-    weighted = bool((weights != 1).any())
+    weighted = any(piece.weighted for piece in pieces)
     if weighted:
         ids = torch.cat([ids, tokenizer("", length)])
     _check_width(pieces, encoder.config.width)
@@ -216,4 +217,4 @@ def _chunk(units: list[_Unit], tokenizer: PromptTokenizer, length: int) -> Chunk
     ids.append(tokenizer.end)
     ids += [tokenizer.padding] * (length - len(ids))
     weights += [1.0] * (length - len(weights))
-    return Chunk(torch.tensor([ids]), torch.tensor([weights]), tuple(inserted))
+    return Chunk(torch.tensor([ids]), torch.tensor([weights]), tuple(inserted), any(weight != 1 for weight in weights))
