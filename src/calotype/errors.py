@@ -89,20 +89,38 @@ def _listed(keys: Sequence[str]) -> str:
     return shown if len(keys) <= 5 else f"{shown} and {len(keys) - 5} more"
 
 
-class MissingKeys(LoadError):
-    """A part without some of the tensors that its layout has."""
+def _counted(keys: Sequence[str]) -> str:
+    return f"{len(keys)} tensor" + ("" if len(keys) == 1 else "s")
 
-    def __init__(self, source: str, layout: str, keys: Sequence[str]) -> None:
-        super().__init__(source, layout, keys)
+
+def _are(keys: Sequence[str]) -> str:
+    return "is" if len(keys) == 1 else "are"
+
+
+class MissingKeys(LoadError):
+    """A part without some of the tensors that its layout has; `spare` are those in their place, as far as known."""
+
+    def __init__(self, source: str, layout: str, keys: Sequence[str], spare: Sequence[str] = ()) -> None:
+        super().__init__(source, layout, keys, spare)
         self.source = source
         self.layout = layout
         self.keys = tuple(keys)
+        self.spare = tuple(spare)
+
+    @property
+    def what(self) -> str:
+        """What is missing, without the source and the advice."""
+        text = f"{_counted(self.keys)} of the layout {self.layout} {_are(self.keys)} missing: {_listed(self.keys)}"
+        if self.spare:
+            text += f"; {len(self.spare)} that it does not have {_are(self.spare)} there: {_listed(self.spare)}"
+        return text
 
     def __str__(self) -> str:
-        return (
-            f"{self.source}: {len(self.keys)} tensors of the layout {self.layout} are missing: {_listed(self.keys)}; "
-            f"the file is incomplete: fetch it again, or run `calotype info {self.source}` to see what it is"
-        )
+        if len(self.spare) >= len(self.keys):
+            do = f"if they were renamed, rename them back; `calotype info {self.source}` says what the file is"
+        else:
+            do = f"the file is incomplete: fetch it again, or run `calotype info {self.source}` to see what it is"
+        return f"{self.source}: {self.what}; {do}"
 
 
 class UnexpectedKeys(LoadError):
@@ -114,11 +132,14 @@ class UnexpectedKeys(LoadError):
         self.layout = layout
         self.keys = tuple(keys)
 
+    @property
+    def what(self) -> str:
+        """What does not belong, without the source and the advice."""
+        do = "does" if len(self.keys) == 1 else "do"
+        return f"{_counted(self.keys)} {do} not belong to the layout {self.layout}: {_listed(self.keys)}"
+
     def __str__(self) -> str:
-        return (
-            f"{self.source}: {len(self.keys)} tensors do not belong to the layout {self.layout}: {_listed(self.keys)}; "
-            f"run `calotype info {self.source}` to see what the file is"
-        )
+        return f"{self.source}: {self.what}; run `calotype info {self.source}` to see what the file is"
 
 
 class WrongShape(LoadError):

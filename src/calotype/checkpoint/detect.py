@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calotype.checkpoint.files import Entry, Weights
+from calotype.checkpoint.files import Entry, Shape, Weights
 from calotype.checkpoint.known import Attachment, Known, attachment, quantised
 from calotype.checkpoint.layouts import Found, Part, Settings, Signature
 
@@ -80,19 +80,26 @@ def detect(weights: Weights, parts: Sequence[Part[Any]], known: Iterable[Known],
         else:
             part, layout = what
             found.append(Found(part, layout, prefix, own, settings))
-    objections = [
-        f"not {part}/{layout}: {signature.objection(shapes)}"
-        for part, layout, signature, _ in candidates
-        if not claims and any(key in shapes for key in signature.has)
-    ]
     return Detected(
         weights,
         tuple(found),
         tuple(recognised),
         quantised=quantised(shapes),
         rest=tuple(rest),
-        objections=tuple(objections),
+        objections=() if claims else _objections(shapes, candidates),
     )
+
+
+def _objections(shapes: Mapping[str, Shape], candidates: Sequence[tuple[str, str, Signature, Any]]) -> tuple[str, ...]:
+    """Why nothing was recognised: what the signatures miss for which there is most evidence."""
+    shares = [sum(key in shapes for key in signature.has) / len(signature.has) for _, _, signature, _ in candidates]
+    most = max(shares, default=0.0)
+    found = (
+        f"not {part}/{layout}: {signature.objection(shapes)}"
+        for share, (part, layout, signature, _) in zip(shares, candidates, strict=True)
+        if share == most > 0
+    )
+    return tuple(dict.fromkeys(found))[:3]
 
 
 SIDES = {"encoder": ("0.weight", "1.conv.0.weight"), "decoder": ("1.weight", "3.conv.0.weight")}

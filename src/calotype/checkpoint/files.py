@@ -57,13 +57,51 @@ def open_tensors(path: Path) -> TensorFile:
     if not path.is_file():
         raise SourceNotFound(f"{path}: no such file")
     with path.open("rb") as file:
-        start = file.read(9)
+        start = file.read(64)
     if start.startswith(b"GGUF"):
         raise UnsupportedModel(f"{path}: a GGUF file (quantised weights), not supported yet; take the safetensors file")
-    # The length of a safetensors header may look like a pickle's first bytes.
-    if start[8:] != b"{" and (looks_saved_by_torch(start) or path.suffix.lower() in PICKLE_SUFFIXES):
+    # The length of a safetensors header may look like the first bytes of something else.
+    sound = start[8:9] == b"{"
+    other = None if sound else _something_else(path, start)
+    if other is not None:
+        raise DamagedFile(f"{path}: not a safetensors file, but {other}")
+    if not sound and (looks_saved_by_torch(start) or path.suffix.lower() in PICKLE_SUFFIXES):
         return TorchFile(path)
     return SafetensorsFile(path)
+
+
+# First bytes of what is given for a file of tensors by mistake.
+OTHERS = {
+    b"version https://git-lfs": "a Git LFS pointer, which stands in a repository for the file itself; fetch that, by "
+    "`git lfs pull` or from the model's page",
+    b"<": "a page of a web site, saved in its place (a login, an error); fetch it again",
+    b"\x89PNG": "a picture; give the model, and a picture as input_image",
+    b"\xff\xd8\xff": "a picture; give the model, and a picture as input_image",
+    b"RIFF": "a picture; give the model, and a picture as input_image",
+    b"{": "JSON text; give the folder that it lies in, or the files of weights beside it",
+    b"Rar!": "a packed archive; unpack it, and give what is in it",
+    b"7z\xbc\xaf": "a packed archive; unpack it, and give what is in it",
+    b"\x1f\x8b": "a packed archive; unpack it, and give what is in it",
+    b"\x89HDF": "an HDF5 file, as Keras writes it; take the model's safetensors file",
+    b"\x93NUMPY": "an array of numpy; take the model's safetensors file",
+}
+TEXT = bytes(range(32, 127)) + b"\t\r\n"
+ENDINGS = {
+    ".onnx": "an ONNX graph; take the model's safetensors file",
+    ".engine": "a TensorRT engine; take the model's safetensors file",
+    ".msgpack": "weights for Flax; take the model's safetensors file",
+    ".tflite": "a TensorFlow Lite graph; take the model's safetensors file",
+    ".mlmodel": "a Core ML model; take the model's safetensors file",
+}
+
+
+def _something_else(path: Path, start: bytes) -> str | None:
+    """What a file is that begins so, and what to do; None where it may be tensors."""
+    suffix = path.suffix.lower()
+    begun = next((what for mark, what in OTHERS.items() if start.startswith(mark)), None) or ENDINGS.get(suffix)
+    if begun is None and start and not start.strip(TEXT) and suffix not in PICKLE_SUFFIXES:
+        return "text; give a file of weights: .safetensors, .ckpt, .pt, .pth or .bin"
+    return begun
 
 
 class SafetensorsFile(TensorFile):
@@ -80,7 +118,10 @@ class SafetensorsFile(TensorFile):
                 raise DamagedFile(f"{path}: {size} bytes, too short for a safetensors file; fetch it again")
             length = int.from_bytes(start[:8], "little")
             if start[8:] != b"{":
-                raise DamagedFile(f"{path}: not a safetensors file (its header does not begin with '{{')")
+                raise DamagedFile(
+                    f"{path}: not a safetensors file (its header does not begin with '{{'); give one that is, or what "
+                    "torch.save wrote: .ckpt, .pt, .pth or .bin"
+                )
             if length > MAX_HEADER:
                 raise DamagedFile(f"{path}: a header of {length:,} bytes; at most {MAX_HEADER:,} are accepted")
             if 8 + length > size:

@@ -237,7 +237,7 @@ class Binding:
             spare -= {key for key in spare if pattern.fullmatch(key)}
         missing = [key for key, found in other.items() if found not in weights]
         if missing:
-            raise MissingKeys(weights.source, self.table.name, missing)
+            raise MissingKeys(weights.source, self.table.name, missing, sorted(spare))
         if spare:
             raise UnexpectedKeys(weights.source, self.table.name, sorted(spare))
         for key, shape in self.shapes.items():

@@ -15,7 +15,8 @@ from calotype.checkpoint.layouts import Signature
 class Known:
     """A part of a model that Calotype can name, but not run (yet).
 
-    `family` is None for what several have; `incomplete` says what a half is without.
+    `family` is None for what several have, or none of ours; `incomplete` says what a half is without; `advice` what to
+    do instead.
     """
 
     family: str | None
@@ -24,6 +25,7 @@ class Known:
     layout: str
     signature: Signature
     incomplete: str = ""
+    advice: str = ""
 
     @property
     def title(self) -> str:
@@ -31,13 +33,30 @@ class Known:
         return f"the {self.part} of {self.family} {self.variant}" if self.family else self.variant
 
 
+KINDS = {
+    "lora": "a LoRA",
+    "controlnet": "a ControlNet",
+    "ip_adapter": "an IP-Adapter",
+    "t2i_adapter": "a T2I-Adapter",
+    "motion_module": "an AnimateDiff motion module",
+    "image_encoder": "CLIP's image encoder",
+    "embedding": "a textual inversion embedding",
+}
+
+
 @dataclass(frozen=True)
 class Attachment:
     """Something that goes with a model and is none itself. `family` is None where the file does not show it."""
 
-    kind: str  # lora, controlnet, ip_adapter, ...
+    kind: str  # one of KINDS
     layout: str
     family: str | None
+
+    @property
+    def title(self) -> str:
+        """a LoRA (kohya) for sd1"""
+        layout = "" if self.kind == "embedding" else f" ({self.layout})"
+        return KINDS[self.kind] + layout + (f" for {self.family}" if self.family else "")
 
 
 LORA = re.compile(
@@ -64,6 +83,11 @@ def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
         return Attachment("ip_adapter", "original", _adapter_family(shapes))
     if "adapter" in first and any(key.startswith("adapter.body.") for key in shapes):
         return Attachment("t2i_adapter", "diffusers", None)
+    if "body.0.block1.weight" in shapes and "conv_in.weight" in shapes:
+        return Attachment("t2i_adapter", "original", None)
+    motion = next((key for key in shapes if ".motion_modules." in key), None)
+    if motion is not None:
+        return Attachment("motion_module", "original", _motion_family(shapes))
     vectors = embedding_keys(shapes)
     if vectors is not None:
         # Vectors for CLIP ViT-L may be meant for any family that has it.
@@ -99,7 +123,12 @@ def unet_family(shapes: Mapping[str, Shape]) -> str | None:
     }
     if joined or 2048 in widths:
         return "sdxl"
-    return "sd1" if 768 in widths else None
+    return "sd1" if 768 in widths else "sd2" if 1024 in widths else None
+
+
+def _motion_family(shapes: Mapping[str, Shape]) -> str:
+    """SDXL's UNet has three levels, where that of Stable Diffusion 1.x has four."""
+    return "sd1" if any("down_blocks.3.motion_modules." in key for key in shapes) else "sdxl"
 
 
 def _adapter_family(shapes: Mapping[str, Shape]) -> str | None:
@@ -136,4 +165,4 @@ def _lora_family(shapes: Mapping[str, Shape]) -> str | None:
     }
     if "lora_te2_" in names or "text_encoder_2" in names or 2048 in inward:
         return "sdxl"
-    return "sd1" if 768 in inward else None
+    return "sd1" if 768 in inward else "sd2" if 1024 in inward else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from calotype.checkpoint.keys import Extra, Pointwise, Rule, Same, Table
+from calotype.checkpoint.keys import Pointwise, Rule, Same, Table
 from calotype.checkpoint.layouts import Evidence, Layout, Part, Signature
 from calotype.errors import DamagedFile
 from calotype.nn.unet import UNet, UNetConfig
@@ -101,7 +101,7 @@ def diffusers_table(config: UNetConfig) -> Table:
     rules += _residual_rules("mid_block.resnets.0", "middle.first", DIFFUSERS_RESIDUAL)
     rules += _attention_rules("mid_block.attentions.0", "middle.transformer", config)
     rules += _residual_rules("mid_block.resnets.1", "middle.second", DIFFUSERS_RESIDUAL)
-    return Table("unet/diffusers", tuple(rules), (Extra("time_embedding.cond_proj.weight"),))
+    return Table("unet/diffusers", tuple(rules))
 
 
 def original_config(evidence: Evidence) -> UNetConfig:

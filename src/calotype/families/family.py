@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from calotype.checkpoint.keys import Extra
 from calotype.checkpoint.layouts import Found, Part, Settings
-from calotype.errors import DamagedFile
+from calotype.errors import DamagedFile, LoadError
 from calotype.families.model import FamilyModel
 from calotype.request import Defaults
 
@@ -22,9 +22,9 @@ class Role:
 
     Several `parts` may play it (a large or a tiny autoencoder). `folder` is its place in a diffusers folder,
     `tokenizer` that of its tokenizer ("" for none), `file` the name of its original file ("" where it has none; `{}` is
-    the variant), `settings` are a part's in this family, where a single file says
-    nothing; `where` tells a user who lacks it what to look for. Where one part may play several roles, `fits` says
-    which configurations are for this one. `upcast` keeps it out of float16, which it overflows; `quantisable` says that
+    the variant), `settings` are a part's in this family, where a single file says nothing; `where` tells a user who
+    lacks it what to look for. Where one part may play several roles, here or in other families, `fits` says which
+    configurations are for this one. `upcast` keeps it out of float16, which it overflows; `quantisable` says that
     its matrices may be kept in int8 or int4.
     """
 
@@ -127,6 +127,16 @@ class Family:
     def roles_of(self, part: Part[Any]) -> tuple[Role, ...]:
         """The roles that a part may play in this family."""
         return tuple(role for role in self.roles if part in role.parts)
+
+    def taking(self, found: Found[Any]) -> Role | None:
+        """The role that a part would play, judged by what it is like."""
+        for role in self.roles_of(found.part):
+            try:
+                if role.fits is None or role.fits(found.config(role.settings_of(found.part))):
+                    return role
+            except LoadError:  # damaged: it may still be this
+                return role
+        return None
 
     def role(self, found: Found[Any], component: str) -> Role | None:
         """The role that a part plays: by its place in a pipeline folder, else by what it is like."""

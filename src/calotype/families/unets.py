@@ -17,7 +17,7 @@ from calotype.families.diffusion import DiffusionSettings
 from calotype.families.model import FamilyModel
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
-from calotype.nn.unet import UNet
+from calotype.nn.unet import UNet, UNetConfig
 from calotype.request import Defaults, Job
 from calotype.sampling.guidance import Both
 from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
@@ -140,6 +140,15 @@ ESTIMATES: dict[str, Callable[[Tensor, Tensor, Level], Tensor]] = {
     "noise": lambda x, noise, level: (x - level.sigma * noise) / level.alpha,
     "v": lambda x, v, level: level.alpha * x - level.sigma * v,
 }
+
+
+def beside_the_noise(title: str, config: UNetConfig) -> str:
+    """Why a UNet does not run that takes more than the noisy latents."""
+    what = {9: "a mask and the masked picture", 8: "the picture to edit"}.get(config.channels_in, "something")
+    return (
+        f"{title}: recognised, but its UNet takes {config.channels_in} channels, {what} beside the noise, which is not "
+        "supported yet; give a model that draws from a prompt alone"
+    )
 
 
 def unet_defaults(

@@ -18,23 +18,15 @@ from calotype.backends.openvino import require
 from calotype.checkpoint.embeddings import read_embedding
 from calotype.checkpoint.files import Weights
 from calotype.checkpoint.keys import put_together
-from calotype.errors import (
-    LoadError,
-    MissingPart,
-    NotAModel,
-    RequestError,
-    UnknownModel,
-    UnsupportedModel,
-    WrongShape,
-)
-from calotype.families import FAMILIES
+from calotype.errors import LoadError, MissingPart, RequestError
 from calotype.families.family import Assembly, Family
 from calotype.families.unets import UNetModel
 from calotype.generate import Model
 from calotype.loading.convert import convert
 from calotype.loading.describe import Description, PartDescription, describe
-from calotype.loading.gather import Chosen, Item, Opened, choose, gather
+from calotype.loading.gather import Chosen, Opened, gather
 from calotype.loading.manifests import manifest, manifests
+from calotype.loading.refusals import is_embedding, recognised, refuse_damaged, refuse_incomplete
 from calotype.loading.tokenizers import tokenizer_for
 from calotype.memory.ladder import RUNGS, Memory, Rung
 from calotype.memory.layers import Maker
@@ -88,22 +80,16 @@ def load(
             raise RequestError("storage", "unet", "other parts with the backend openvino, which packs its own weights")
     opened = gather(sources)
     wanted = _dtype(opened.card.get("dtype") if dtype is None else dtype)
-    family, chosen = _recognised(opened)
-    configs = {role: part.config for role, part in chosen.items()}
+    family, chosen, configs = recognised(opened)
     clues = opened.clues(chosen[family.backbone.name].found)
-    refusal = family.refusal(configs[family.backbone.name], clues)
-    if refusal is not None:
-        raise UnsupportedModel(f"{opened.name}: {refusal}")
-    for role in family.roles:
-        if role.name not in chosen:
-            raise MissingPart(f"{opened.name}: a {family.title} model without its {role.name}; give also {role.where}")
-    misfit = family.misfit(configs)
-    if misfit is not None:
-        role_name, why = misfit
-        raise WrongShape(f"{chosen[role_name].found.weights.source}: {why}; it belongs to another family or model")
-    tokenizers = {
-        role: tokenizer_for(part, configs[role], opened) for role, part in chosen.items() if part.role.tokenizer
-    }
+    refuse_incomplete(opened, family, chosen, configs, clues)
+    try:
+        tokenizers = {
+            role: tokenizer_for(part, configs[role], opened) for role, part in chosen.items() if part.role.tokenizer
+        }
+    except MissingPart:
+        refuse_damaged(chosen)  # nobody should look for a tokenizer in vain
+        raise
     stored = _bits(family, asked)
     read_now = memory == "resident"
     built = {role: _network(part, configs[role], wanted, stored.get(role), read_now) for role, part in chosen.items()}
@@ -138,55 +124,6 @@ def load(
         model.run_with_openvino()
     errors = {role: quantised_error(networks[role], chosen[role], configs[role]) for role in stored}
     return Model(model, storage_errors=errors)
-
-
-def _recognised(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
-    """The family whose backbone is among the sources, and its parts."""
-    items = [item for item in opened.items if not _is_embedding(item)]
-    for item in items:
-        _refuse_what_is_no_part(item)
-    parts = {id(found.part) for item in opened.items for found in item.detected.found}
-    families = [family for family in FAMILIES if any(id(part) in parts for part in family.backbone.parts)]
-    strangers = [item for item in items if item.detected.recognised]
-    for item in strangers:
-        known = item.detected.recognised[0].known
-        name = f"{item.group.weights.source}: {known.title}"
-        if known.incomplete:
-            raise MissingPart(f"{name}: {known.incomplete}")
-        if families:
-            raise UnsupportedModel(f"{name}, which does not go with the other sources ({families[0].title})")
-        raise UnsupportedModel(f"{name}: recognised, but not supported yet; supported: {_titles()}")
-    if not families:
-        pipeline = next((source.pipeline for source in opened.sources if source.pipeline), None)
-        if pipeline not in (None, *(family.pipeline for family in FAMILIES)):
-            raise UnknownModel(f"{opened.name}: a {pipeline}, which is not supported; supported: {_titles()}")
-        held = sorted({found.part.name for item in opened.items for found in item.detected.found})
-        wanted = " or ".join(f"the {f.backbone.name} of {f.title} ({f.backbone.where})" for f in FAMILIES)
-        raise MissingPart(
-            f"{opened.name}: {'only ' + ', '.join(held) if held else 'nothing'} to make a model of; give also {wanted}"
-        )
-    return families[0], choose(families[0], opened)
-
-
-def _refuse_what_is_no_part(item: Item) -> None:
-    source, detected = item.group.weights.source, item.detected
-    if detected.attachment is not None:
-        kind, family = detected.attachment.kind, detected.attachment.family
-        title = {"lora": "a LoRA", "controlnet": "a ControlNet", "ip_adapter": "an IP-Adapter"}.get(kind, f"an {kind}")
-        fits = f" for {family}" if family else ""
-        raise NotAModel(
-            f"{source}: {title} ({detected.attachment.layout}){fits}, which goes with a model and is none; "
-            "give the model itself as the source"
-        )
-    if detected.quantised is not None:
-        raise UnsupportedModel(f"{source}: weights quantised by {detected.quantised} are not supported yet")
-    if not detected.found and not detected.recognised:
-        why = "; ".join(detected.objections) or f"its tensors are called {', '.join(list(item.group.weights)[:3])}, ..."
-        raise UnknownModel(f"{source}: no known model: {why}; supported: {_titles()}")
-
-
-def _titles() -> str:
-    return ", ".join(family.title for family in FAMILIES)
 
 
 def _storage(storage: Mapping[str, str]) -> dict[str, Bits]:
@@ -264,15 +201,11 @@ def _rung(memory: str) -> Rung:
     return RUNGS[RUNGS.index(memory)]  # pyright: ignore[reportArgumentType]  a name that was checked
 
 
-def _is_embedding(item: Item) -> bool:
-    return item.detected.attachment is not None and item.detected.attachment.kind == "embedding"
-
-
 def _embeddings(opened: Opened) -> dict[str, dict[int, Tensor]]:
     """Textual inversion among the sources: vectors by keyword, the file's name without its ending, and by width."""
     found: dict[str, dict[int, Tensor]] = {}
     for item in opened.items:
-        if not _is_embedding(item):
+        if not is_embedding(item):
             continue
         keyword = item.group.weights.files[0].stem
         if keyword.lower() in (name.lower() for name in found):

@@ -66,7 +66,7 @@ def _parts(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
     for item in opened.items:
         if item.detected.attachment is not None:
             raise NotAModel(
-                f"{opened.name}: a {item.detected.attachment.kind}; only models and their parts are converted"
+                f"{opened.name}: {item.detected.attachment.title}; only models and their parts are converted"
             )
         if item.detected.quantised is not None or item.detected.recognised:
             what = item.detected.quantised or item.detected.recognised[0].known.title

@@ -8,9 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from calotype.checkpoint.files import NAMES, Weights
-from calotype.errors import UnsupportedModel
+from calotype.checkpoint.known import Known
+from calotype.checkpoint.layouts import Found
+from calotype.errors import LoadError, MissingKeys, UnexpectedKeys, UnsupportedModel
 from calotype.families import FAMILIES
-from calotype.loading.gather import Item, Opened, gather
+from calotype.families.family import Family, Role
+from calotype.loading.gather import Item, Opened, choose, gather
+from calotype.loading.refusals import damage, fragment, refuse_damaged, takers_of, told_in_full
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,9 @@ def describe(source: str | os.PathLike[str]) -> Description:
     for item in opened.items:
         attachment = item.detected.attachment
         if attachment is not None:
-            note = "goes with a model, and is none itself"
+            note = "goes with a model, and is none itself" + (
+                "; give it beside one, and write its file's name in a prompt" if attachment.kind == "embedding" else ""
+            )
             return _described(
                 opened.name,
                 attachment.kind,
@@ -80,11 +86,20 @@ def describe(source: str | os.PathLike[str]) -> Description:
             family=known.family,
             variant=known.variant if known.family else None,
             layout=_layout(opened, known.layout),
-            note=known.incomplete or "not supported yet",
+            note=known.incomplete or _unsupported(known),
             parts=parts,
         )
-    found = [piece for item in opened.items for piece in item.detected.found]
-    if not found:
+    broken = next((near for item in opened.items if (near := fragment(item)) is not None), None)
+    if broken is not None:
+        return _described(
+            opened.name,
+            "part",
+            family=broken.family.name,
+            layout=_layout(opened, broken.item.layout),
+            note=f"does not load: {MissingKeys('', broken.title, broken.missing, broken.spare).what}",
+            parts=parts,
+        )
+    if not any(item.detected.found for item in opened.items):
         why = "; ".join(objection for item in opened.items for objection in item.detected.objections)
         pipeline = next((f" ({source.pipeline})" for source in opened.sources if source.pipeline), "")
         note = f"no known model{pipeline}{': ' + why if why else ''}"
@@ -99,39 +114,84 @@ def _of_family(opened: Opened, parts: tuple[PartDescription, ...]) -> Descriptio
         backbone = next((piece for piece in found if piece.part in family.backbone.parts), None)
         if backbone is None:
             continue
-        config = backbone.config(family.backbone.settings_of(backbone.part))
-        clues = opened.clues(backbone)
-        refusal = family.refusal(config, clues)
+        variant, present, refusal = _judged(opened, family, backbone)
         if quantised is not None:
             refusal = f"weights quantised by {quantised} are not supported yet"
-        present = {
-            role.name
-            for item in opened.items
-            for piece in item.detected.found
-            if (role := family.role(piece, item.group.component)) is not None
-        }
         lacking = [role.name for role in family.roles if role.name not in present]
         note = refusal or (f"to run, it needs also: {', '.join(lacking)}" if lacking else "complete")
         return _described(
             opened.name,
             "part" if lacking and len(present) == 1 else "model",
             family=family.name,
-            variant=opened.card.get("variant") or family.variant(config, clues),
+            variant=opened.card.get("variant") or variant,
             layout=_layout(opened, backbone.layout.name),
             supported=refusal is None,
             note=note,
             parts=parts,
         )
     names = ", ".join(dict.fromkeys(piece.part.name for piece in found))
-    takers = [family.name for family in FAMILIES if any(family.roles_of(piece.part) for piece in found)]
+    takers = [family.name for family in takers_of(found)]
+    damages = (damage(piece, takers_of([piece])[0].taking(piece)) for piece in found)
+    broken = next((error for error in damages if error is not None), None)
+    note = f"{names} alone; families with such a part: {', '.join(takers)}"
+    if broken is not None:
+        note = f"does not load: {_reason(broken)}"
+    if quantised is not None:
+        note = f"weights quantised by {quantised} are not supported yet"
     return _described(
         opened.name,
         "part",
         layout=_layout(opened, found[0].layout.name),
-        supported=quantised is None,
-        note=f"{names} alone; families with such a part: {', '.join(takers)}",
+        supported=quantised is None and broken is None,
+        note=note,
         parts=parts,
     )
+
+
+def _judged(opened: Opened, family: Family, backbone: Found[Any]) -> tuple[str | None, set[str], str | None]:
+    """A model's variant, the roles that are there, and why it does not load (None where it does)."""
+    variant: str | None = None
+    present = {
+        role.name
+        for item in opened.items
+        for piece in item.detected.found
+        if (role := _role(family, piece, item.group.component)) is not None
+    }
+    try:
+        config = backbone.config(family.backbone.settings_of(backbone.part))
+        clues = opened.clues(backbone)
+        variant = family.variant(config, clues)
+        refusal = family.refusal(config, clues)
+        if refusal is not None:
+            return variant, present, refusal
+        chosen = choose(family, opened)
+        refuse_damaged(chosen)
+        configs = {name: part.config for name, part in chosen.items()}
+        misfit = family.misfit(configs) if len(chosen) == len(family.roles) else None
+    except MissingKeys as error:
+        return variant, present, f"does not load: {_reason(told_in_full(error, backbone))}"
+    except LoadError as error:
+        return variant, present, f"does not load: {_reason(error)}"
+    return variant, present, None if misfit is None else f"does not load: {misfit[1]}"
+
+
+def _role(family: Family, piece: Found[Any], component: str) -> Role | None:
+    try:
+        return family.role(piece, component)
+    except LoadError:  # damaged, which is told elsewhere
+        return family.taking(piece)
+
+
+def _reason(error: LoadError) -> str:
+    """An error's text without the source, which a description has, and without the advice to look at it."""
+    if isinstance(error, (MissingKeys, UnexpectedKeys)):
+        return error.what
+    return str(error).split(": ", 1)[-1]
+
+
+def _unsupported(known: Known) -> str:
+    what = "not supported yet" if known.family else f"{known.variant}: not supported"
+    return f"{what}; {known.advice}" if known.advice else what
 
 
 def _parts(item: Item) -> list[PartDescription]:

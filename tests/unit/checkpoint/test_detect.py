@@ -120,7 +120,7 @@ def test_families_to_come_are_named(tmp_path: Path, name: str, prefix: str) -> N
     seen = described(tmp_path, {prefix + key: shape for key, shape in COMING[name].items()})
     family, variant, *layout = name.split()
     assert (seen.family, seen.variant, seen.supported) == (family, variant, False)
-    assert seen.note == "not supported yet"
+    assert seen.note.startswith("not supported yet")
     assert seen.layout == (layout[0] if layout else "original")
 
 

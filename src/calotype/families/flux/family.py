@@ -204,6 +204,7 @@ FAMILY = Family(
             parts=(CLIP,),
             folder="text_encoder",
             tokenizer="tokenizer",
+            fits=lambda config: config.width <= VIT_L.width,
             where="the folder text_encoder/ of black-forest-labs/FLUX.1-dev, or clip_l.safetensors",
         ),
         Role(
@@ -219,6 +220,7 @@ FAMILY = Family(
             folder="vae",
             file="ae.safetensors",
             settings=((AUTOENCODER, {"scaling_factor": VAE.scale, "shift_factor": VAE.shift}),),
+            fits=lambda config: config.latent_channels == VAE.latent_channels,
             where="ae.safetensors or the folder vae/ of black-forest-labs/FLUX.1-dev",
         ),
     ),

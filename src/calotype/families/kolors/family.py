@@ -15,6 +15,7 @@ from calotype.families.kolors import DEFAULTS, KolorsModel
 from calotype.families.kolors.config import DIFFUSION, INPAINTING, LAST_BETA, TRAIN_STEPS, VAE, ZERO_SNR
 from calotype.families.kolors.config import UNET as UNET_CONFIG
 from calotype.families.kolors.keys import UNET
+from calotype.families.unets import beside_the_noise
 from calotype.nn.autoencoder import Autoencoder
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
@@ -29,10 +30,7 @@ def variant(config: UNetConfig, clues: Clues) -> str:
 
 def refusal(config: UNetConfig, clues: Clues) -> str | None:
     if config.channels_in != config.channels_out:
-        return (
-            f"Kolors {variant(config, clues)}: its UNet takes {config.channels_in} channels, a picture beside the "
-            "noise, which is not supported yet"
-        )
+        return beside_the_noise(f"Kolors {variant(config, clues)}", config)
     return None
 
 
@@ -117,6 +115,7 @@ FAMILY = Family(
             file="vae.safetensors",
             settings=((AUTOENCODER, {"scaling_factor": VAE.scale}),),
             upcast=True,
+            fits=lambda config: config.latent_channels == VAE.latent_channels,
             where="the folder vae/ of Kwai-Kolors/Kolors, or an SDXL autoencoder",
         ),
     ),

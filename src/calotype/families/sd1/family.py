@@ -24,6 +24,7 @@ from calotype.families.sd1 import DEFAULTS, Sd1Model
 from calotype.families.sd1.config import DIFFUSION, EDITING, INPAINTING, TINY_VAE, VAE, ZERO_SNR
 from calotype.families.sd1.config import UNET as UNET_CONFIG
 from calotype.families.sd1.keys import UNET
+from calotype.families.unets import beside_the_noise
 from calotype.nn.autoencoder import Autoencoder
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
@@ -41,10 +42,7 @@ def variant(config: UNetConfig, clues: Clues) -> str:
 
 def refusal(config: UNetConfig, clues: Clues) -> str | None:
     if config.channels_in != config.channels_out:
-        return (
-            f"Stable Diffusion 1.x {variant(config, clues)}: its UNet takes {config.channels_in} channels, a picture "
-            "beside the noise, which is not supported yet"
-        )
+        return beside_the_noise(f"Stable Diffusion {variant(config, clues)}", config)
     known = next((name for marker, name in REFUSED_MARKERS.items() if marker in clues.markers), None)
     return None if known is None else f"{known} is not supported"
 
@@ -150,6 +148,7 @@ FAMILY = Family(
             parts=(CLIP,),
             folder="text_encoder",
             tokenizer="tokenizer",
+            fits=lambda config: config.width <= VIT_L.width,
             where="the folder text_encoder/ of a diffusers model, or clip_l.safetensors",
         ),
         Role(
@@ -158,6 +157,7 @@ FAMILY = Family(
             folder="vae",
             file="vae.safetensors",
             settings=((AUTOENCODER, {"scaling_factor": VAE.scale}),),
+            fits=lambda config: config.latent_channels == VAE.latent_channels,
             where="the folder vae/ of a diffusers model, or vae-ft-mse-840000-ema-pruned.safetensors",
         ),
     ),

@@ -15,6 +15,7 @@ from calotype.families.sdxl import DEFAULTS, TURBO_DEFAULTS, SdxlModel
 from calotype.families.sdxl.config import DIFFUSION, INPAINTING, TURBO_DIFFUSION, VAE, ZERO_SNR
 from calotype.families.sdxl.config import UNET as UNET_CONFIG
 from calotype.families.sdxl.keys import UNET
+from calotype.families.unets import beside_the_noise
 from calotype.nn.autoencoder import Autoencoder
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
@@ -39,10 +40,7 @@ def variant(config: UNetConfig, clues: Clues) -> str:
 
 def refusal(config: UNetConfig, clues: Clues) -> str | None:
     if config.channels_in != config.channels_out:
-        return (
-            f"SDXL {variant(config, clues)}: its UNet takes {config.channels_in} channels, a picture beside the noise, "
-            "which is not supported yet"
-        )
+        return beside_the_noise(f"SDXL {variant(config, clues)}", config)
     known = next((name for marker, name in REFUSED_MARKERS.items() if marker in clues.markers), None)
     return None if known is None else f"{known} is not supported"
 
@@ -175,6 +173,7 @@ FAMILY = Family(
             file="vae.safetensors",
             settings=((AUTOENCODER, {"scaling_factor": VAE.scale}),),
             upcast=True,
+            fits=lambda config: config.latent_channels == VAE.latent_channels,
             where="the folder vae/ of a diffusers model, or sdxl_vae.safetensors",
         ),
     ),
