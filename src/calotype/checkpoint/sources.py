@@ -26,6 +26,8 @@ PICKLES = (("diffusion_pytorch_model.bin", "pytorch_model.bin"), "*pytorch_model
 OWN_NAMES = frozenset(name.split(".")[0] for names, _ in (SAFETENSORS, PICKLES) for name in names)
 # What a trainer leaves beside a model.
 TRAINING = re.compile(r"(optimizer|scheduler|training_args|rng_state|random_states|scaler)(_\d+)?\.\w+")
+# Weights as they were trained, and what stands before them where it lies beside: their moving average (Hunyuan-DiT).
+AVERAGED = {"pytorch_model_module.pt": "pytorch_model_ema.pt"}
 MAX_JSON = 16 * 2**20
 
 
@@ -180,7 +182,8 @@ def _loose_pickles(folder: Path) -> list[Path]:
         with file.open("rb") as opened:
             if looks_saved_by_torch(opened.read(9)) and not TRAINING.fullmatch(file.name):
                 found.append(file)
-    return found
+    averages = {file.name for file in found} & set(AVERAGED.values())
+    return [file for file in found if AVERAGED.get(file.name) not in averages]
 
 
 def _part_files(folder: Path) -> list[Path]:

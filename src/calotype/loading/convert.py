@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calotype.checkpoint.keys import put_together
 from calotype.checkpoint.layouts import Layout
-from calotype.checkpoint.sources import CARD, INDEX, SCHEDULER
+from calotype.checkpoint.sources import CARD, INDEX, SCHEDULER, TOKENIZER_FILES
 from calotype.checkpoint.writing import Planned, write
 from calotype.errors import NotAModel, OutputError, RequestError, UnknownModel, UnsupportedModel
 from calotype.families import FAMILIES
@@ -149,6 +149,9 @@ def _beside(
         for file in sorted(file for file in folder.iterdir() if file.is_file()):
             (out / folder.name).mkdir(parents=True, exist_ok=True)
             written.append(Path(shutil.copyfile(file, out / folder.name / file.name)))
+    for part in parts.values():
+        if part.role.tokenizer and not (out / part.role.tokenizer).is_dir():
+            written += _tokenizer_beside(part.group.place, out / part.role.tokenizer)
     given = opened.scheduler
     scheduler = given if given is not None or layout == "original" else family.scheduler(variant)
     if scheduler is not None:
@@ -161,6 +164,16 @@ def _beside(
         written.append(out / INDEX)
         _write_json(written[-1], _index(family, parts, out, scheduler or {}))
     return written
+
+
+def _tokenizer_beside(place: Path, target: Path) -> list[Path]:
+    """A tokenizer that lies beside its encoder's weights (Hunyuan-DiT's mT5), copied to a folder of its own."""
+    if not any((place / name).is_file() for name in TOKENIZER_FILES):
+        return []
+    target.mkdir(parents=True, exist_ok=True)
+    names = (*TOKENIZER_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+    files = [place / name for name in names if (place / name).is_file()]
+    return [Path(shutil.copyfile(file, target / file.name)) for file in files]
 
 
 def _index(family: Family, parts: Mapping[str, Chosen], out: Path, scheduler: Mapping[str, Any]) -> dict[str, Any]:

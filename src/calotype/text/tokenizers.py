@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from sentencepiece import SentencePieceProcessor
@@ -59,9 +60,28 @@ class PromptTokenizer(PaddedTokenizer):
 
 @dataclass(frozen=True)
 class SentencePieceTokenizer(PaddedTokenizer):
-    """One of sentencepiece, whose marks have no spelling: written in a prompt, they are letters like any others."""
+    """One of sentencepiece, whose marks have no spelling: written in a prompt, they are letters like any others.
+
+    Letters that the vocabulary lacks are one unknown token, also where sentencepiece would spell them in bytes (mT5's
+    does): so transformers' fast tokenizers have it, through which models were trained on prompts.
+    """
 
     processor: SentencePieceProcessor
 
+    @cached_property
+    def _bytes(self) -> frozenset[int]:
+        """The ids of bytes."""
+        return frozenset(number for number in range(self.processor.vocab_size()) if self.processor.IsByte(number))
+
     def words(self, prompt: str) -> list[int]:
-        return self.processor.encode(prompt)
+        spelt = self._bytes
+        unknown: int = self.processor.unk_id()
+        ids: list[int] = []
+        within = False  # letters that are spelt in bytes
+        for number in self.processor.encode(prompt):
+            if number not in spelt:
+                ids.append(number)
+            elif not within:
+                ids.append(unknown)
+            within = number in spelt
+        return ids

@@ -106,11 +106,6 @@ COMING: dict[str, dict[str, Shape]] = {
         "pos_embed.proj.weight": (1536, 16, 2, 2),
         "time_text_embed.text_embedder.linear_1.weight": (1536, 2048),
     },
-    "hunyuan_dit 1.x": {"text_embedding_padding": (333, 1024), "blocks.0.attn1.Wqkv.weight": (4224, 1408)},
-    "hunyuan_dit 1.x diffusers": {
-        "text_embedding_padding": (333, 1024),
-        "time_extra_emb.timestep_embedder.linear_1.weight": (1408, 256),
-    },
 }
 
 

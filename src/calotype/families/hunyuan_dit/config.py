@@ -55,7 +55,11 @@ VAE = AutoencoderConfig(  # SDXL's
 LAST_BETA = {"1.1": 0.03, "1.2": 0.018}  # by variant; files do not say it
 DIFFUSION = {
     variant: DiffusionSettings(
-        process=scaled_linear(last=last), prediction="v", sampler="euler_ancestral", schedule="leading"
+        process=scaled_linear(last=last),
+        prediction="v",
+        sampler="euler_ancestral",
+        schedule="leading",
+        unit_start=True,
     )
     for variant, last in LAST_BETA.items()
 }
