@@ -160,33 +160,6 @@ COMING: tuple[Known, ...] = (
         layout="diffusers",
         signature=Signature(has=("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight")),
     ),
-    Known(
-        family="hunyuan_dit",
-        variant="1.x",
-        part="transformer",
-        layout="original",
-        signature=Signature(has=("text_embedding_padding", "blocks.0.attn1.Wqkv.weight")),
-    ),
-    Known(
-        family="hunyuan_dit",
-        variant="1.x",
-        part="transformer",
-        layout="diffusers",
-        signature=Signature(has=("text_embedding_padding", "time_extra_emb.timestep_embedder.linear_1.weight")),
-    ),
-    Known(
-        family="hunyuan_dit",
-        variant="1.x",
-        part="bert",
-        layout="transformers",
-        signature=Signature(
-            has=(
-                "bert.embeddings.word_embeddings.weight",
-                "bert.encoder.layer.0.attention.self.query.weight",
-            ),
-            shapes=(("bert.embeddings.word_embeddings.weight", (47020, None)),),
-        ),
-    ),
     *(
         Known(
             family=None,
