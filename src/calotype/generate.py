@@ -156,16 +156,19 @@ class PromptCache(Generic[C]):
         while len(self._held) > self.room:
             self._held.popitem(last=False)
 
+    def clear(self) -> None:
+        self._held.clear()
+
 
 def _conditioned(model: FamilyModel[C], prompts: Sequence[str], job: Job, cache: PromptCache[C]) -> list[C]:
     """What each prompt becomes; the encoders are needed for those alone that are not remembered."""
-    keys = [(prompt, number > 0, model.conditioned_by(job)) for number, prompt in enumerate(prompts)]
+    keys = [(model.content, number > 0, model.conditioned_by(job), prompt) for number, prompt in enumerate(prompts)]
     known = {key: cache.get(key) for key in keys}
     if None in known.values():
         with model.memory.holding(*model.encoders):
             for key, value in known.items():
                 if value is None:
-                    known[key] = value = model.condition(key[0], job, negative=key[1])
+                    known[key] = value = model.condition(key[-1], job, negative=key[1])
                     cache.put(key, value)
     return [value for key in keys if (value := known[key]) is not None]
 
@@ -222,10 +225,17 @@ def _picture(model: FamilyModel[C], decoded: Tensor, job: Job, k: int) -> Pictur
 class Model(Generic[C]):
     """A loaded model, as `calotype.load` returns it."""
 
-    def __init__(self, family: FamilyModel[C], *, storage_errors: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        family: FamilyModel[C],
+        *,
+        storage_errors: Mapping[str, float] | None = None,
+        prompts: PromptCache[C] | None = None,
+    ) -> None:
+        """`prompts` may be shared between models: each finds its own by `family.content`."""
         self.family = family
         self.storage_errors = dict(storage_errors or {})  # of parts kept in fewer bits, relative to what was read
-        self.prompts = PromptCache[C]()
+        self.prompts = PromptCache[C]() if prompts is None else prompts
 
     @property
     def name(self) -> str:

@@ -265,7 +265,7 @@ from calotype.checkpoint.layouts import Found
 from calotype.families.flux.config import DEV
 from calotype.families.flux.family import VAE as FLUX_VAE
 from calotype.families.flux.keys import TRANSFORMER
-from calotype.loading import Chosen, _complete, _network
+from calotype.loading import Chosen, _completed, _network
 from calotype.families import FAMILIES
 
 def memory(name):
@@ -277,8 +277,8 @@ found = Found(TRANSFORMER, TRANSFORMER.layout(sys.argv[2]), "", weights, {})
 torch.ones(10) @ torch.ones(10)
 before = memory("VmRSS")
 dtype = getattr(torch, sys.argv[3])
-network, makers = _network(Chosen(FAMILIES[0].backbone, found, None), found.config(), dtype, None, False)
-_complete(network, makers)
+built = _network(Chosen(FAMILIES[0].backbone, found, None), found.config(), dtype, None, False)
+network = _completed(built, torch.device("cpu")).network
 loaded = memory("VmHWM")
 total = sum(float(tensor.sum()) for tensor in network.state_dict().values())  # every page is touched
 size = sum(tensor.nbytes for tensor in network.state_dict().values())

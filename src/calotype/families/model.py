@@ -31,6 +31,7 @@ class FamilyModel(ABC, Generic[C]):
     encoders: tuple[nn.Module, ...]
     backbone: nn.Module
     vae: nn.Module
+    content: Hashable = None  # equal where encoders, tokenizers and settings are: prompts become the same then
 
     @cached_property
     def memory(self) -> Memory:

@@ -8,7 +8,8 @@ Nothing is copied that need not be: tensors stored as the network wants them sta
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from calotype.loading.describe import Description, PartDescription, describe
 from calotype.loading.gather import Chosen, Opened, gather
 from calotype.loading.manifests import manifest, manifests
 from calotype.loading.refusals import is_embedding, recognised, refuse_damaged, refuse_incomplete
+from calotype.loading.sharing import PROMPTS, Built, digest_of, fingerprint, shared
 from calotype.loading.tokenizers import tokenizer_for
 from calotype.memory.ladder import RUNGS, Memory, Rung
 from calotype.memory.layers import Maker
@@ -92,19 +94,28 @@ def load(
         raise
     stored = _bits(family, asked)
     read_now = memory == "resident"
-    built = {role: _network(part, configs[role], wanted, stored.get(role), read_now) for role, part in chosen.items()}
-    networks = {role: network for role, (network, _) in built.items()}
+    built: dict[str, Built] = {}
+    known: dict[str, Hashable] = {}  # encoders, by what they are made of
+    for role, part in chosen.items():
+        build = partial(_network, part, configs[role], wanted, stored.get(role), read_now)
+        if part.role.tokenizer:
+            known[role] = (_content(part), configs[role], wanted, stored.get(role), str(target), memory)
+        whole = read_now or role in stored  # whatever the rung will be
+        built[role] = shared(known[role], build) if whole and role in known else build()
+    networks = {role: one.network for role, one in built.items()}
     rung = choose_rung(networks, target) if memory == "auto" else _rung(memory)
     if backend == "openvino" and rung != "resident":
         rung = "resident"  # its graphs hold weights of their own
-    if rung == "resident":
-        for network, makers in built.values():
-            _complete(network, makers).to(target)
+    for role, one in built.items():
+        complete = partial(_completed, one, target if rung == "resident" else None)
+        built[role] = shared((known[role], rung), complete) if role in known else complete()
+    networks = {role: one.network for role, one in built.items()}
+    embeddings = _embeddings(opened)
     model = family.assemble(
         Assembly(
             networks=networks,
             tokenizers=tokenizers,
-            embeddings=_embeddings(opened),
+            embeddings=embeddings,
             clues=clues,
             index=next((source.index for source in opened.sources if source.index), {}),
             card=opened.card,
@@ -115,15 +126,18 @@ def load(
     model.memory = Memory(
         target,
         rung,
-        makers={} if rung == "resident" else dict(built.values()),
-        files=() if read_now else _files(chosen),
+        makers={one.network: one.makers for one in built.values()},
+        files=[file for one in built.values() for file in one.files],
     )
+    if not embeddings:
+        index = next((source.index for source in opened.sources if source.index), {})
+        model.content = (family.name, *known.values(), digest_of(sorted(tokenizers.items()), index))
     if backend == "openvino":
         if not isinstance(model, UNetModel):
             raise RequestError("backend", backend, f"torch: OpenVINO runs the UNet families, and not {family.title}")
         model.run_with_openvino()
     errors = {role: quantised_error(networks[role], chosen[role], configs[role]) for role in stored}
-    return Model(model, storage_errors=errors)
+    return Model(model, storage_errors=errors, prompts=None if model.content is None else PROMPTS)
 
 
 def _storage(storage: Mapping[str, str]) -> dict[str, Bits]:
@@ -161,8 +175,8 @@ def _network(
     dtype: torch.dtype | None,
     bits: Bits | None,
     read_now: bool,
-) -> tuple[nn.Module, dict[str, Maker]]:
-    """The part's network in one dtype throughout, and what reads those of its weights that are still on meta."""
+) -> Built:
+    """The part's network in one dtype throughout."""
     found = part.found
     network, binding = found.bind(config)
     dtype = dtype or stored_dtype(found.weights)
@@ -170,7 +184,7 @@ def _network(
         dtype = torch.float32
     makers: dict[str, Maker] = {}
     if bits is not None:
-        fill_quantized(network, binding.tensors(found.weights, dtype), bits)
+        fill_quantized(network, binding.tensors(found.weights, dtype, mapped=False), bits)
     elif read_now:
         network.load_state_dict(binding.load(found.weights, dtype, mapped=False), assign=True)
     else:
@@ -182,19 +196,26 @@ def _network(
             else:
                 makers[name] = value
         network.load_state_dict(views, strict=False, assign=True)
-    return network.requires_grad_(False).eval(), makers
+    return Built(network.requires_grad_(False).eval(), makers, () if read_now else _files(found.weights))
 
 
-def _complete(network: nn.Module, makers: Mapping[str, Maker]) -> nn.Module:
-    """The network with all of its weights."""
-    network.load_state_dict({name: make() for name, make in makers.items()}, strict=False, assign=True)
-    return network.requires_grad_(False)
-
-
-def _files(chosen: Mapping[str, Chosen]) -> tuple[MappedFile, ...]:
+def _files(weights: Weights) -> tuple[MappedFile, ...]:
     """The files that weights are views of, as they are mapped."""
-    entries = [entry for part in chosen.values() for entry in part.found.weights.values()]
-    return tuple(MappedFile.of(file.mapping) for file in dict.fromkeys(entry.file for entry in entries))
+    return tuple(MappedFile.of(file.mapping) for file in dict.fromkeys(entry.file for entry in weights.values()))
+
+
+def _completed(one: Built, device: torch.device | None) -> Built:
+    """The network with all of its weights on a device; as it is where none is given."""
+    if device is None:
+        return one
+    read = {name: make() for name, make in one.makers.items()}
+    one.network.load_state_dict(read, strict=False, assign=True)
+    return one._replace(network=one.network.requires_grad_(False).to(device), makers={})
+
+
+def _content(part: Chosen) -> Hashable:
+    _, binding = part.found.bind(part.config)
+    return id(part.found.part), fingerprint(part.found.weights, binding.resolve(part.found.weights))
 
 
 def _rung(memory: str) -> Rung:
