@@ -42,15 +42,17 @@ def weight_bytes(network: nn.Module) -> int:
 def held_bytes(network: nn.Module, rung: Rung) -> int:
     """The most that a network's weights take at a time while it computes on that rung."""
     layers = list(layers_of(network))
+    everything = sum(layer.bytes for layer in layers)
     if rung == "resident":
-        return sum(layer.bytes for layer in layers)
+        return everything
     passing = {layer.module for layer in layers if layer.bytes > SMALL and not any(layer.module.children())}
     if rung == "components":
         once = network.only_for_preparing() if isinstance(network, Prepares) else ()
         passing &= {inner for module in once for inner in module.modules()}
     staying = sum(layer.bytes for layer in layers if layer.module not in passing)
     # The one that computes, and the next on its way.
-    return staying + 2 * max((layer.bytes for layer in layers if layer.module in passing), default=0)
+    belt = 2 * max((layer.bytes for layer in layers if layer.module in passing), default=0)
+    return min(staying + belt, everything)
 
 
 def model_bytes(networks: Mapping[str, nn.Module], rung: Rung) -> int:
