@@ -25,6 +25,7 @@ from calotype.nn.linear import Linear
 
 Shape = Sequence[int]
 KeysAndValues = Sequence[tuple[ov.Output, ov.Output]]
+ALL = slice(None)
 SCORES = 2**26  # attention scores (256 MB) beyond which a wide head's queries are taken in parts
 
 
@@ -118,9 +119,8 @@ def _transformer_block(block: nn.Module, x: ov.Output, text: KeysAndValues) -> o
     q, k, v = (_heads(_linear(project, y), own.heads) for project in (own.q, own.k, own.v))
     x = _sum(x, _linear(own.out, _attention(q, k, v)))
     x = _sum(x, _cross_attention(block.cross_attention, _layer_norm(block.cross_norm, x), text))
-    value, gate = ops.split(
-        _linear(block.mlp_in, _layer_norm(block.mlp_norm, x)), _integers(2, scalar=True), 2
-    ).outputs()
+    y = _layer_norm(block.mlp_norm, x)
+    value, gate = (_linear(block.mlp_in, y, part) for part in halves(block.mlp_in))  # splitting one product is a copy
     return _sum(x, _linear(block.mlp_out, ops.multiply(value, ops.gelu(gate, "erf")).output(0)))
 
 
@@ -209,13 +209,21 @@ def _conv(layer: nn.Module, x: ov.Output) -> ov.Output:
     return y if bias is None else _sum(y, _constant(bias, 1, -1, 1, 1))
 
 
-def _linear(layer: nn.Module, x: ov.Output) -> ov.Output:
+def halves(layer: nn.Module) -> tuple[slice, slice]:
+    """The rows of each half of what a linear layer gives."""
+    assert isinstance(layer, nn.Linear)
+    middle = layer.out_features // 2
+    return slice(middle), slice(middle, None)
+
+
+def _linear(layer: nn.Module, x: ov.Output, rows: slice = ALL) -> ov.Output:
+    """What those rows of the layer's weight give."""
     _known(layer, Linear)
     assert isinstance(layer, Linear)
-    y = ops.matmul(x, _constant(layer.weight), False, True).output(0)
+    y = ops.matmul(x, _constant(layer.weight[rows]), False, True).output(0)
     if layer.bias is None:  # pyright: ignore[reportUnnecessaryComparison]
         return y
-    return _sum(y, _constant(layer.bias, 1, 1, -1))
+    return _sum(y, _constant(layer.bias[rows], 1, 1, -1))
 
 
 def _group_norm(layer: nn.GroupNorm, x: ov.Output) -> ov.Output:
