@@ -48,7 +48,7 @@ def test_every_rung_draws_the_same_picture(family: str, tmp_path: Path, monkeypa
         passing = [layer for layer in layers_of(model.family.backbone) if not any(layer.module.children())]
         met: set[object] = set()
         for layer in passing:
-            layer.module.register_forward_hook(lambda module, *_: met.add(module))
+            layer.module.register_forward_hook(lambda module, *_, met=met: met.add(module))
         pictures[rung] = np.asarray(model.generate("a (red:1.3) fox", **fields))
         assert np.array_equal(pictures[rung], pictures["resident"]), rung
         # A layer that is read without being called would be missing on the lower rungs of a GPU.
