@@ -10,15 +10,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from calotype.families.flow import FlowSettings
 from calotype.families.flux.conditioning import FluxConditioning, encode, joined
-from calotype.families.flux.config import FlowSettings
 from calotype.families.flux.network import FluxNetwork, to_latent, to_tokens
 from calotype.families.model import FamilyModel
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
 from calotype.sampling.guidance import Both
-from calotype.sampling.levels import FLOW_SCHEDULES, Level, Levels, dynamic_shift
+from calotype.sampling.levels import FLOW_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 from calotype.text.clip import ClipEncoder
 from calotype.text.t5 import T5Encoder
@@ -82,16 +82,7 @@ class FluxModel(FamilyModel[FluxConditioning]):
 
     def shift(self, job: Job) -> float:
         """The job's own shift, or the checkpoint's: fixed, or growing with the number of image tokens."""
-        if job.shift is not None:
-            return job.shift
-        settings = self.sampling
-        if not settings.dynamic:
-            return settings.shift
-        return dynamic_shift(
-            job.size.tokens(self.defaults.grain),
-            (settings.base_tokens, settings.base_shift),
-            (settings.max_tokens, settings.max_shift),
-        )
+        return self.sampling.shift_for(job.size.tokens(self.defaults.grain)) if job.shift is None else job.shift
 
     def noise_shape(self, job: Job) -> tuple[int, ...]:
         channels = self.vae.config.latent_channels

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from calotype.families.flow import FlowSettings
+
 
 @dataclass(frozen=True, kw_only=True)
 class FluxConfig:
@@ -46,22 +48,6 @@ DEV = FluxConfig(
 )
 SCHNELL = replace(DEV, guidance_input=False)
 FILL = replace(DEV, image_width=384)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowSettings:
-    """How a checkpoint spaces its levels, as a diffusers `scheduler_config.json` states it.
-
-    With `dynamic`, the shift is exp(mu), mu linear in the number of image tokens between the two given points;
-    otherwise it is `shift`, 1 meaning none.
-    """
-
-    shift: float
-    dynamic: bool
-    base_shift: float
-    max_shift: float
-    base_tokens: int
-    max_tokens: int
 
 
 DEV_SAMPLING = FlowSettings(shift=1.0, dynamic=True, base_shift=0.5, max_shift=1.15, base_tokens=256, max_tokens=4096)

@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
-from calotype.checkpoint.layouts import Settings
 from calotype.checkpoint.text_encoders import CLIP, T5
-from calotype.errors import DamagedFile, UnsupportedModel
 from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
+from calotype.families.flow import flow_settings
 from calotype.families.flux import DEV_DEFAULTS, SCHNELL_DEFAULTS, FluxModel
 from calotype.families.flux.config import (
     DEV,
@@ -18,7 +17,6 @@ from calotype.families.flux.config import (
     FILL,
     SCHNELL,
     SCHNELL_SAMPLING,
-    FlowSettings,
     FluxConfig,
 )
 from calotype.families.flux.keys import TRANSFORMER
@@ -91,38 +89,6 @@ def scheduler(variant: str) -> dict[str, Any]:
     }
 
 
-def flow_settings(config: Settings) -> FlowSettings:
-    """What a scheduler_config.json asks for; UnsupportedModel where it is not what runs here."""
-    wanted = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "time_shift_type": "exponential",
-        "invert_sigmas": False,
-        "shift_terminal": None,
-        "stochastic_sampling": False,
-        "use_karras_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-    }
-    for name, value in wanted.items():
-        if config.get(name, value) not in (value, None):
-            raise UnsupportedModel(
-                f"scheduler_config.json: {name} = {config[name]!r} is not supported; remove the file to sample as "
-                "FLUX.1 does, and ask for a sampler and a schedule by name"
-            )
-    try:
-        return FlowSettings(
-            shift=float(config.get("shift", 1.0)),
-            dynamic=bool(config.get("use_dynamic_shifting", False)),
-            base_shift=float(config.get("base_shift", DEV_SAMPLING.base_shift)),
-            max_shift=float(config.get("max_shift", DEV_SAMPLING.max_shift)),
-            base_tokens=int(config.get("base_image_seq_len", DEV_SAMPLING.base_tokens)),
-            max_tokens=int(config.get("max_image_seq_len", DEV_SAMPLING.max_tokens)),
-        )
-    except (TypeError, ValueError) as error:
-        raise DamagedFile(f"scheduler_config.json: {error}") from error
-
-
 def assemble(given: Assembly) -> FluxModel:
     """The model of these networks; a folder's own scheduler and card stand before the family's numbers."""
     transformer, clip, t5, vae = (given.networks[name] for name in ("transformer", "clip", "t5", "vae"))
@@ -132,7 +98,7 @@ def assemble(given: Assembly) -> FluxModel:
     assert isinstance(vae, (Autoencoder, TinyAutoencoder))
     dev = transformer.config.guidance_input
     if given.clues.scheduler is not None:
-        sampling = flow_settings(given.clues.scheduler)
+        sampling = flow_settings(given.clues.scheduler, "FLUX.1")
     else:
         sampling = DEV_SAMPLING if dev else SCHNELL_SAMPLING
     return FluxModel(
