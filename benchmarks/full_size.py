@@ -1,9 +1,9 @@
 """A model at its real size with random bfloat16 weights: does it load, run, and stay within its memory?
 
-    python benchmarks/full_size.py MODEL --folder FOLDER [--steps 2] [--storage chatglm=int4] [--save]
+    python benchmarks/full_size.py MODEL --folder FOLDER [--steps 2] [--memory stream] [--storage chatglm=int4] [--save]
 
-MODEL is flux1-dev, sd1, sdxl or kolors. Writes its files from our own manifests (34, 2, 7 and 18 GB, once; kept in
-FOLDER), loads them by memory mapping in a process of its own, and draws one picture. Tokenizers are the real ones where
+MODEL is flux1-dev, sd1, sdxl, kolors or hunyuan_dit. Writes its files from our own manifests (34, 2, 7, 18 and 8 GB, once;
+kept in FOLDER), loads them by memory mapping in a process of its own, and draws one picture. Tokenizers are the real ones where
 DiffSynth's package is installed, which carries them, else small stand-ins.
 """
 
@@ -36,11 +36,16 @@ class Model:
     tokenizers: Mapping[str, Callable[[Path], None]]
 
 
-def kolors_tokenizer(folder: Path) -> None:
-    real = real_tokenizer("kolors/tokenizer")
-    if real is None:
-        raise SystemExit("Kolors has no stand-in for its tokenizer: pip install diffsynth==1.1.9 --no-deps")
-    shutil.copytree(real, folder, dirs_exist_ok=True)
+def real_folder(name: str) -> Callable[[Path], None]:
+    """What copies a tokenizer that has no stand-in."""
+
+    def copy(folder: Path) -> None:
+        real = real_tokenizer(name)
+        if real is None:
+            raise SystemExit(f"{name} has no stand-in: pip install diffsynth==1.1.9 --no-deps")
+        shutil.copytree(real, folder, dirs_exist_ok=True)
+
+    return copy
 
 
 MODELS = {
@@ -67,6 +72,20 @@ MODELS = {
         files={"sd_xl_base_1.0.safetensors": "sdxl-base"},
         tokenizers={"tokenizer": clip_tokenizer, "tokenizer_2": lambda folder: clip_tokenizer(folder, padding="!")},
     ),
+    "hunyuan_dit": Model(
+        title="Hunyuan-DiT 1.2",
+        side=1024,
+        files={
+            "transformer.safetensors": "hunyuan-dit-1.2-diffusers",
+            "bert.safetensors": "hunyuan-dit-text-encoder",
+            "mt5.safetensors": "hunyuan-dit-text-encoder-2",
+            "vae.safetensors": "hunyuan-dit-vae",
+        },
+        tokenizers={
+            "tokenizer": real_folder("hunyuan_dit/tokenizer"),
+            "tokenizer_2": real_folder("hunyuan_dit/tokenizer_t5"),
+        },
+    ),
     "kolors": Model(
         title="Kolors",
         side=1024,
@@ -75,7 +94,7 @@ MODELS = {
             "text_encoder.safetensors": "kolors-text-encoder",
             "vae.safetensors": "kolors-vae",
         },
-        tokenizers={"tokenizer": kolors_tokenizer},
+        tokenizers={"tokenizer": real_folder("kolors/tokenizer")},
     ),
 }
 
@@ -86,6 +105,7 @@ def main() -> None:
     arguments.add_argument("--folder", type=Path, required=True, help="where the model is kept between runs")
     arguments.add_argument("--steps", type=int, default=2)
     arguments.add_argument("--side", type=int, help="else the model's own")
+    arguments.add_argument("--memory", default="auto", help="auto, resident, components or stream")
     arguments.add_argument("--storage", nargs="*", default=[], metavar="PART=TYPE", help="as chatglm=int4")
     arguments.add_argument("--patience", type=float, default=180, help="seconds to wait for a quiet machine")
     arguments.add_argument("--save", action="store_true", help="keep the result under benchmarks/results")
@@ -101,6 +121,7 @@ def main() -> None:
         "picture": str(given.folder / "picture.png"),
         "side": side,
         "steps": given.steps,
+        "memory": given.memory,
         "storage": dict(item.split("=", 1) for item in given.storage),
     }
     one = run(CHILD, json.dumps(told), patience=given.patience)
@@ -119,6 +140,7 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if given.save:
         stored = "".join(f"-{item.replace('=', '-')}" for item in given.storage)
+        stored += "" if given.memory == "auto" else f"-{given.memory}"
         print(f"kept in {keep(f'{given.model}-full-size-{side}{stored}-cpu.json', result)}")
 
 

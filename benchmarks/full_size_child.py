@@ -23,9 +23,10 @@ def main(told: dict[str, Any]) -> None:
     import calotype
 
     chosen = {"storage": told["storage"]} if told["storage"] else {}
-    model = calotype.load(*told["sources"], device="cpu", **chosen)
+    model = calotype.load(*told["sources"], device="cpu", memory=told["memory"], **chosen)
     loaded = clock()
     measured: dict[str, Any] = {
+        "memory": model.family.memory.rung,
         "load s": loaded - start,
         "GiB in memory after loading": memory("VmRSS"),
         "anonymous GiB after loading": memory("RssAnon"),
