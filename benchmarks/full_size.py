@@ -2,9 +2,9 @@
 
     python benchmarks/full_size.py MODEL --folder FOLDER [--steps 2] [--memory stream] [--storage chatglm=int4] [--save]
 
-MODEL is flux1-dev, sd1, sdxl, kolors or hunyuan_dit. Writes its files from our own manifests (34, 2, 7, 18 and 8 GB, once;
-kept in FOLDER), loads them by memory mapping in a process of its own, and draws one picture. Tokenizers are the real ones where
-DiffSynth's package is installed, which carries them, else small stand-ins.
+MODEL is flux1-dev, sd1, sdxl, kolors or hunyuan_dit. Writes its files from our own manifests (34, 2, 7, 18 and 8 GB,
+once; kept in FOLDER), loads them by memory mapping in a process of its own, and draws one picture. Tokenizers are the
+real ones where DiffSynth's package is installed, which carries them, else small stand-ins.
 """
 
 from __future__ import annotations
