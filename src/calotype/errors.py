@@ -85,8 +85,8 @@ class MissingPart(LoadError):
 
 
 def _listed(keys: Sequence[str]) -> str:
-    shown = ", ".join(repr(key) for key in keys[:5])
-    return shown if len(keys) <= 5 else f"{shown} and {len(keys) - 5} more"
+    shown = ", ".join(repr(key) for key in keys[:3])
+    return shown if len(keys) <= 3 else f"{shown} and {len(keys) - 3} more"
 
 
 def _counted(keys: Sequence[str]) -> str:

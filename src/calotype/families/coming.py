@@ -49,6 +49,17 @@ _SD2 = "give a Stable Diffusion 1.x or SDXL model"
 _UPSCALER = "it enlarges pictures; give a Stable Diffusion 1.x or SDXL model, which draws them"
 
 COMING: tuple[Known, ...] = (
+    # Grown out of Stable Diffusion 2, whose evidence it has too.
+    _stranger(
+        "Stable Video Diffusion", "unet", "original", "input_blocks.1.0.time_stack.in_layers.0.weight", "out.2.weight"
+    ),
+    _stranger(
+        "Stable Video Diffusion",
+        "unet",
+        "diffusers",
+        "down_blocks.0.resnets.0.spatial_res_block.conv1.weight",
+        "conv_in.weight",
+    ),
     _unet(
         "sdxl",
         "refiner",
@@ -87,16 +98,6 @@ COMING: tuple[Known, ...] = (
             ("original", "input_blocks.0.0.weight", "time_embed", "label_emb.0.0.weight"),
             ("original", "input_blocks.0.0.weight", "time_embedding", "label_emb.0.0.weight"),
         )
-    ),
-    _stranger(
-        "Stable Video Diffusion", "unet", "original", "input_blocks.1.0.time_stack.in_layers.0.weight", "out.2.weight"
-    ),
-    _stranger(
-        "Stable Video Diffusion",
-        "unet",
-        "diffusers",
-        "down_blocks.0.resnets.0.spatial_res_block.conv1.weight",
-        "conv_in.weight",
     ),
     _stranger("Stable Cascade", "unet", "original", "clip_txt_pooled_mapper.weight"),
     _stranger("PixArt", "transformer", "diffusers", "adaln_single.linear.weight", "caption_projection.linear_1.weight"),

@@ -14,7 +14,7 @@ from calotype.errors import LoadError, MissingKeys, UnexpectedKeys, UnsupportedM
 from calotype.families import FAMILIES
 from calotype.families.family import Family, Role
 from calotype.loading.gather import Item, Opened, choose, gather
-from calotype.loading.refusals import damage, fragment, refuse_damaged, takers_of, told_in_full
+from calotype.loading.refusals import damage, fragment, refuse_damaged, takers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,8 @@ def _of_family(opened: Opened, parts: tuple[PartDescription, ...]) -> Descriptio
         variant, present, refusal = _judged(opened, family, backbone)
         if quantised is not None:
             refusal = f"weights quantised by {quantised} are not supported yet"
-        lacking = [role.name for role in family.roles if role.name not in present]
-        note = refusal or (f"to run, it needs also: {', '.join(lacking)}" if lacking else "complete")
+        lacking = [role.name for role in family.lacking(present)]
+        note = refusal or (f"to run, it needs also: {', '.join(lacking)}" if lacking else _complete(family, present))
         return _described(
             opened.name,
             "part" if lacking and len(present) == 1 else "model",
@@ -148,9 +148,14 @@ def _of_family(opened: Opened, parts: tuple[PartDescription, ...]) -> Descriptio
     )
 
 
+def _complete(family: Family, present: set[str]) -> str:
+    """For a model that runs: that nothing is missing, or what it does without."""
+    left_out = [f"without {role.name} {role.optional}" for role in family.left_out(present)]
+    return f"runs; {'; '.join(left_out)}" if left_out else "complete"
+
+
 def _judged(opened: Opened, family: Family, backbone: Found[Any]) -> tuple[str | None, set[str], str | None]:
     """A model's variant, the roles that are there, and why it does not load (None where it does)."""
-    variant: str | None = None
     present = {
         role.name
         for item in opened.items
@@ -159,19 +164,23 @@ def _judged(opened: Opened, family: Family, backbone: Found[Any]) -> tuple[str |
     }
     try:
         config = backbone.config(family.backbone.settings_of(backbone.part))
-        clues = opened.clues(backbone)
+    except LoadError as error:
+        return None, present, f"does not load: {_reason(damage(backbone, family.backbone) or error)}"
+    clues = opened.clues(backbone)
+    try:
         variant = family.variant(config, clues)
         refusal = family.refusal(config, clues)
         if refusal is not None:
             return variant, present, refusal
+    except LoadError as error:  # a scheduler_config.json that asks for what is not done here
+        return None, present, f"does not load: {_reason(error)}"
+    try:
         chosen = choose(family, opened)
         refuse_damaged(chosen)
-        configs = {name: part.config for name, part in chosen.items()}
-        misfit = family.misfit(configs) if len(chosen) == len(family.roles) else None
-    except MissingKeys as error:
-        return variant, present, f"does not load: {_reason(told_in_full(error, backbone))}"
     except LoadError as error:
         return variant, present, f"does not load: {_reason(error)}"
+    configs = {name: part.config for name, part in chosen.items()}
+    misfit = None if family.lacking(chosen) else family.misfit(configs)
     return variant, present, None if misfit is None else f"does not load: {misfit[1]}"
 
 

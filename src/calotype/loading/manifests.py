@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from calotype.checkpoint.files import Shape
+from calotype.checkpoint.layouts import Part
 from calotype.errors import RequestError
 from calotype.families import FAMILIES
 from calotype.families.family import Family, Manifest, ManifestPart
@@ -43,17 +45,18 @@ class Nearest:
         return f"{self.item.part.name}/{self.item.layout} ({self.family.title})"
 
 
-def nearest(shapes: Mapping[str, Shape]) -> Nearest | None:
-    """What most of these tensors are a part of, for files that are damaged or whose keys were renamed.
+def nearest(shapes: Mapping[str, Shape], part: Part[Any] | None = None) -> Nearest | None:
+    """What most of these tensors are a piece of, for files that are damaged or whose keys were renamed.
 
-    None where no known part has at least half of them. Takes a second where many parts have keys like these.
+    `part` says what they are, where that is known. None where no known part has at least half of them. Takes a second
+    or two where many parts have keys like these.
     """
     best: tuple[int, Nearest] | None = None
     tried: list[tuple[str, object, str]] = []
     for family in FAMILIES:
         for item in (item for manifest in family.manifests for item in manifest.parts):
             kind = (item.layout, item.config, item.only)
-            if item.undotted or item.spelt or kind in tried:
+            if item.undotted or item.spelt or kind in tried or part not in (None, item.part):
                 continue
             tried.append(kind)
             for prefix in _prefixes(item, shapes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,6 +21,7 @@ from calotype.families.family import Clues, Family, Role
 from calotype.loading.gather import Chosen, Item, Opened, choose
 from calotype.loading.manifests import Nearest, nearest
 
+FEW = 2  # families that a part may go into, up to which all that they lack is told
 ENOUGH = 8  # tensors outside all parts, from which on they may be the rest of one
 
 
@@ -66,7 +67,7 @@ def refuse_incomplete(
     refusal = family.refusal(configs[family.backbone.name], clues)
     if refusal is not None:
         raise UnsupportedModel(f"{opened.name}: {refusal}")
-    lacking = [role for role in family.roles if role.name not in chosen]
+    lacking = family.lacking(chosen)
     if lacking:
         # What is there may be damaged: nobody should look for the rest in vain.
         refuse_damaged(chosen)
@@ -90,19 +91,22 @@ def damage(found: Found[Any], role: Role | None = None) -> LoadError | None:
     """Why a part that was recognised is not sound; None where its tensors are just those that its layout has."""
     try:
         config = found.config({} if role is None else role.settings_of(found.part))
-        _, binding = found.bind(config)
-        binding.resolve(found.weights)
     except MissingKeys as error:
         return told_in_full(error, found)
+    except LoadError as error:
+        return error
+    try:
+        _, binding = found.bind(config)
+        binding.resolve(found.weights)
     except LoadError as error:
         return error
     return None
 
 
 def told_in_full(error: MissingKeys, found: Found[Any]) -> MissingKeys:
-    """The same error with all that is missing, where the first loss was enough to stop at."""
-    near = nearest(found.weights.shapes)
-    if near is None or near.item.part is not found.part or not set(error.keys) <= set(near.missing):
+    """The error of a part without configuration, with all that is missing: the first loss was enough to stop at."""
+    near = nearest(found.weights.shapes, found.part)
+    if near is None or not set(error.keys) <= set(near.missing):
         return error
     return MissingKeys(error.source, near.title, near.missing, near.spare)
 
@@ -168,15 +172,20 @@ def _without_backbone(opened: Opened) -> LoadError:
         return MissingPart(f"{opened.name}: nothing to make a model of; give also {_backbones(list(FAMILIES))}")
     takers = takers_of(found)
     held = ", ".join(sorted({piece.part.name for piece in found}))
-    if len(takers) != 1:
+    if len(takers) > FEW:
         return MissingPart(f"{opened.name}: only {held} to make a model of; give also {_backbones(takers)}")
-    family = takers[0]
-    roles = [family.taking(piece) for piece in found]
-    names = {role.name for role in roles if role is not None}
-    held = " and ".join(f"the {name}" for name in sorted(names))
+    wanted = [_rest(family, found) for family in takers]
+    if len(takers) == 1:
+        roles = {role.name: role for piece in found if (role := takers[0].taking(piece)) is not None}
+        held = " and ".join(f"the {name}" for name in sorted(roles)) + f" of {takers[0].title}"
+    return MissingPart(f"{opened.name}: only {held} to make a model of; give also {'; or '.join(wanted)}")
+
+
+def _rest(family: Family, found: list[Found[Any]]) -> str:
+    """What a family's model has beside these parts, and where to get it."""
+    names = {role.name for piece in found if (role := family.taking(piece)) is not None}
     lacking = [role for role in family.roles if role.name not in names]
-    wanted = ", ".join(f"the {role.name} of {family.title} ({role.where})" for role in lacking)
-    return MissingPart(f"{opened.name}: only {held} of {family.title} to make a model of; give also {wanted}")
+    return ", ".join(f"the {role.name} of {family.title} ({role.where})" for role in lacking)
 
 
 def takers_of(found: list[Found[Any]]) -> list[Family]:
@@ -190,7 +199,7 @@ def _backbones(families: list[Family]) -> str:
     return " or ".join(f"the {f.backbone.name} of {f.title} ({f.backbone.where})" for f in families)
 
 
-def _places(roles: list[Role]) -> str:
+def _places(roles: Sequence[Role]) -> str:
     """Where to find parts: one by itself, or several by name."""
     if len(roles) == 1:
         return roles[0].where

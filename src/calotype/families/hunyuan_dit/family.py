@@ -203,6 +203,7 @@ FAMILY = Family(
             file="vae.safetensors",
             settings=((AUTOENCODER, {"scaling_factor": VAE.scale}),),
             upcast=True,
+            fits=lambda config: config.latent_channels == VAE.latent_channels,
             where="the folder t2i/sdxl-vae-fp16-fix/ of Tencent-Hunyuan/HunyuanDiT, or an SDXL autoencoder",
         ),
     ),
