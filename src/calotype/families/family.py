@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,7 +25,8 @@ class Role:
     the variant), `settings` are a part's in this family, where a single file says nothing; `where` tells a user who
     lacks it what to look for. Where one part may play several roles, here or in other families, `fits` says which
     configurations are for this one. `upcast` keeps it out of float16, which it overflows; `quantisable` says that
-    its matrices may be kept in int8 or int4.
+    its matrices may be kept in int8 or int4. `optional` says, for a part that a model can do without, what it is
+    without it; of several such parts a model must have one.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Role:
     fits: Callable[[Any], bool] | None = None
     upcast: bool = False
     quantisable: bool = False
+    optional: str = ""
 
     def settings_of(self, part: Part[Any]) -> Settings:
         return next((settings for owner, settings in self.settings if owner is part), {})
@@ -125,6 +127,15 @@ class Family:
         return self.roles[0]
 
     def roles_of(self, part: Part[Any]) -> tuple[Role, ...]:
+    def lacking(self, present: Collection[str]) -> tuple[Role, ...]:
+        """The roles that nothing plays and a model cannot do without; `present` are the names of the others."""
+        some = any(role.optional and role.name in present for role in self.roles)
+        return tuple(role for role in self.roles if role.name not in present and not (role.optional and some))
+
+    def left_out(self, present: Collection[str]) -> tuple[Role, ...]:
+        """The roles that nothing plays, and a model does without."""
+        return tuple(role for role in self.roles if role.optional and role.name not in present)
+
         """The roles that a part may play in this family."""
         return tuple(role for role in self.roles if part in role.parts)
 
