@@ -230,11 +230,13 @@ class Model(Generic[C]):
         family: FamilyModel[C],
         *,
         storage_errors: Mapping[str, float] | None = None,
+        left_out: Mapping[str, str] | None = None,
         prompts: PromptCache[C] | None = None,
     ) -> None:
         """`prompts` may be shared between models: each finds its own by `family.content`."""
         self.family = family
         self.storage_errors = dict(storage_errors or {})  # of parts kept in fewer bits, relative to what was read
+        self.left_out = dict(left_out or {})  # parts that it does without, and what that means
         self.prompts = PromptCache[C]() if prompts is None else prompts
 
     @property

@@ -79,8 +79,8 @@ class Defaults:
     `grain` is the number of pixels that both sides must be a multiple of; `samplers` and `schedules` are the names
     that the family's process allows; `text_tokens` and `clip_skip` are None where a request cannot choose them; `sizes`
     says whether the network is told sizes and a crop, `original_size` which one it is told of the original (None: that
-    of the picture); `shifts` whether schedules can be shifted;
-    `denoising_strength` is for requests with an input image.
+    of the picture); `shifts` whether schedules can be shifted; `largest` is the longest side that the network has
+    positions for, None where any will do; `denoising_strength` is for requests with an input image.
     """
 
     width: int
@@ -99,6 +99,7 @@ class Defaults:
     sizes: bool = False
     original_size: tuple[int, int] | None = None
     shifts: bool = False
+    largest: int | None = None
     denoising_strength: float = 0.7
 
     @property
@@ -291,6 +292,8 @@ class Request:
         for field, value, near in (("width", width, nearest.width), ("height", height, nearest.height)):
             if value != near:
                 raise RequestError(field, value, f"multiples of {defaults.grain}; the nearest valid size is {nearest}")
+            if defaults.largest is not None and value > defaults.largest:
+                raise RequestError(field, value, f"at most {defaults.largest:,}: this model knows no positions beyond")
         sampler = defaults.sampler if self.sampler is None else self.sampler
         if sampler not in defaults.samplers:
             raise RequestError("sampler", sampler, "one of " + ", ".join(defaults.samplers))

@@ -52,6 +52,7 @@ class Clues:
     markers: frozenset[str]  # tensors in the backbone's file that belong to no part
     settings: Settings  # the backbone's own config.json
     scheduler: Settings | None  # scheduler_config.json
+    name: str = ""  # of the backbone's file, or of the folder or hub model that it lies in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,6 @@ class Family:
     def backbone(self) -> Role:
         return self.roles[0]
 
-    def roles_of(self, part: Part[Any]) -> tuple[Role, ...]:
     def lacking(self, present: Collection[str]) -> tuple[Role, ...]:
         """The roles that nothing plays and a model cannot do without; `present` are the names of the others."""
         some = any(role.optional and role.name in present for role in self.roles)
@@ -136,6 +136,7 @@ class Family:
         """The roles that nothing plays, and a model does without."""
         return tuple(role for role in self.roles if role.optional and role.name not in present)
 
+    def roles_of(self, part: Part[Any]) -> tuple[Role, ...]:
         """The roles that a part may play in this family."""
         return tuple(role for role in self.roles if part in role.parts)
 
@@ -171,7 +172,7 @@ WHOLE_NUMBERS = frozenset({"width", "height", "steps", "text_tokens", "clip_skip
 
 def with_card(family: Defaults, own: Any) -> Defaults:  # noqa: ANN401
     """A family's defaults under those of a folder's calotype.json."""
-    settled = {"grain", "samplers", "schedules", "shifts", "sizes", "original_size"}  # by the network
+    settled = {"grain", "samplers", "schedules", "shifts", "sizes", "original_size", "largest"}  # by the network
     known = {field.name for field in fields(family)} - settled
     if not isinstance(own, dict):
         raise DamagedFile("calotype.json: defaults must be an object")

@@ -137,7 +137,12 @@ def load(
             raise RequestError("backend", backend, f"torch: OpenVINO runs the UNet families, and not {family.title}")
         model.run_with_openvino()
     errors = {role: quantised_error(networks[role], chosen[role], configs[role]) for role in stored}
-    return Model(model, storage_errors=errors, prompts=None if model.content is None else PROMPTS)
+    return Model(
+        model,
+        storage_errors=errors,
+        left_out={role.name: role.optional for role in family.left_out(chosen)},
+        prompts=None if model.content is None else PROMPTS,
+    )
 
 
 def _storage(storage: Mapping[str, str]) -> dict[str, Bits]:

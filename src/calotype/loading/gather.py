@@ -57,7 +57,18 @@ class Opened:
     def clues(self, backbone: Found[Any]) -> Clues:
         """What speaks for a variant beside this backbone's configuration."""
         rest = next((item.detected.rest for item in self.items if backbone in item.detected.found), ())
-        return Clues(markers=frozenset(rest), settings=backbone.settings, scheduler=self.scheduler)
+        return Clues(
+            markers=frozenset(rest),
+            settings=backbone.settings,
+            scheduler=self.scheduler,
+            name=_name(backbone),
+        )
+
+
+def _name(backbone: Found[Any]) -> str:
+    """What its publisher called a backbone: its file's name, or that of the hub model or folder that it is a part of."""
+    parts = [part for part in Path(backbone.weights.source).parts if part not in FOLDERS]
+    return parts[-1] if parts else ""
 
 
 def locate(source: str | os.PathLike[str]) -> Path:

@@ -1,0 +1,188 @@
+"""Stable Diffusion 3 and 3.5: a flow transformer led by two CLIPs and T5."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from calotype.errors import RequestError
+from calotype.families.flow import FlowSettings
+from calotype.families.model import FamilyModel
+from calotype.families.sd3.conditioning import ClipReader, Sd3Conditioning, T5Reader, condition, joined
+from calotype.families.sd3.network import Sd3Network
+from calotype.nn.autoencoder import Autoencoder, preview_projection
+from calotype.nn.tiny_autoencoder import TinyAutoencoder
+from calotype.request import Defaults, Job
+from calotype.sampling.guidance import Both
+from calotype.sampling.levels import FLOW_SCHEDULES, Flow, Level, Levels, shifted
+from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
+
+
+class Sd3Model(FamilyModel[Sd3Conditioning]):
+    """Stable Diffusion 3 medium, 3.5 medium, large and large-turbo, and their fine-tunes.
+
+    At least one of `clip_l`, `clip_g` and `t5` is there.
+    """
+
+    family = "sd3"
+    prediction = "flow"
+
+    def __init__(
+        self,
+        *,
+        transformer: Sd3Network,
+        clip_l: ClipReader | None,
+        clip_g: ClipReader | None,
+        t5: T5Reader | None,
+        vae: Autoencoder | TinyAutoencoder,
+        sampling: FlowSettings,
+        defaults: Defaults,
+        variant: str,
+        source: str,
+        device: torch.device,
+    ) -> None:
+        self.transformer = transformer
+        self.clip_l = clip_l
+        self.clip_g = clip_g
+        self.t5 = t5
+        # Narrower than the base class says, and never replaced.
+        self.vae: Autoencoder | TinyAutoencoder = vae  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.sampling = sampling
+        self.grain = vae.config.factor * transformer.config.patch
+        self.defaults = replace(
+            defaults,
+            grain=self.grain,
+            largest=transformer.config.positions * self.grain,
+            shift=None if sampling.dynamic else sampling.shift,
+        )
+        self.variant = variant
+        self.source = source
+        self.device = device
+        self.encoders = tuple(reader.encoder for reader in (clip_l, clip_g, t5) if reader is not None)
+        self.backbone = transformer
+
+    def condition(self, prompt: str, job: Job, *, negative: bool) -> Sd3Conditioning:
+        assert job.clip_skip is not None
+        assert job.text_tokens is not None
+        clips = [reader.encoder for reader in (self.clip_l, self.clip_g) if reader is not None]
+        layers = min((len(clip.layers) for clip in clips), default=job.clip_skip)
+        if job.clip_skip > layers:
+            raise RequestError("clip_skip", job.clip_skip, f"1 to {layers}, the number of layers of both CLIP encoders")
+        config = self.transformer.config
+        return condition(
+            prompt,
+            clip_l=self.clip_l,
+            clip_g=self.clip_g,
+            t5=self.t5,
+            clip_skip=job.clip_skip,
+            text_tokens=job.text_tokens,
+            text_width=config.text_width,
+            pooled_width=config.pooled_width,
+        )
+
+    def conditioned_by(self, job: Job) -> Hashable:
+        config = self.transformer.config
+        return job.clip_skip, job.text_tokens, config.text_width, config.pooled_width
+
+    def levels(self, job: Job) -> Levels:
+        start = job.denoising_strength or 1.0
+        shift = job.shift or self.sampling.shift_for(job.size.tokens(self.grain))
+        if self.sampling.dynamic and job.schedule == "normal":
+            return _normal_shifted_once(job.steps, shift, start)
+        return FLOW_SCHEDULES[job.schedule](job.steps, shift, start)
+
+    def noise_shape(self, job: Job) -> tuple[int, ...]:
+        factor = self.vae.config.factor
+        return self.vae.config.latent_channels, job.height // factor, job.width // factor
+
+    def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
+        return levels.path[0].sigma * noise()
+
+    def denoiser(self, conditioning: Sd3Conditioning, levels: Sequence[Level], job: Job) -> Denoise:
+        network = self.transformer
+        number = {level: i for i, level in enumerate(levels)}
+        prepared = network.prepare(
+            conditioning.text,
+            conditioning.pooled,
+            torch.tensor([level.time for level in levels], device=self.device),
+            job.height // self.grain,
+            job.width // self.grain,
+        )
+
+        def denoise(x: Tensor, level: Level) -> Tensor:
+            velocity: Tensor = network(x, prepared, number[level])
+            # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
+            return x - level.sigma * velocity.float()
+
+        return denoise
+
+    def both(self, positive: Sd3Conditioning, negative: Sd3Conditioning, levels: Sequence[Level], job: Job) -> Both:
+        if positive.text.shape != negative.text.shape:  # one of them is longer than CLIP reads at once
+            with_, without = (self.denoiser(side, levels, job) for side in (positive, negative))
+            return lambda x, level: (with_(x, level), without(x, level))
+        denoise = self.denoiser(joined(positive, negative), levels, job)
+
+        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+            with_, without = denoise(x, level).chunk(2)
+            return with_, without
+
+        return both
+
+    def encode(self, picture: Tensor) -> Tensor:
+        return self.vae.encode(picture)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        return self.vae.decode(latent)
+
+    def preview(self, latent: Tensor) -> Tensor:
+        if isinstance(self.vae, TinyAutoencoder):
+            return self.vae.decode(latent)
+        projection = self._preview_projection.to(latent.device)
+        colour = rearrange(latent, "b z h w -> b h w z") @ projection[:-1] + projection[-1]
+        return rearrange(colour, "b h w c -> b c h w")
+
+    @cached_property
+    def _preview_projection(self) -> Tensor:
+        assert isinstance(self.vae, Autoencoder)
+        return preview_projection(self.vae)
+
+
+def _normal_shifted_once(steps: int, shift: float, start: float) -> Levels:
+    """`normal` as diffusers has it where the shift grows with the picture: its least time is not shifted before."""
+    process, least = Flow(), 1 / 1000
+    times: list[float] = np.linspace(least + (1 - least) * start, least, steps).tolist()
+    return Levels(process, (*(process.at_time(shifted(time, shift)) for time in times), process.at_time(0.0)))
+
+
+def defaults(*, steps: int, cfg_scale: float) -> Defaults:
+    """Stable Diffusion 3's defaults, as far as variants share them."""
+    return Defaults(
+        width=1024,
+        height=1024,
+        grain=16,
+        steps=steps,
+        cfg_scale=cfg_scale,
+        embedded_guidance=None,
+        sampler="euler",
+        schedule="normal",
+        shift=3.0,
+        text_tokens=256,
+        samplers=tuple(SAMPLERS),
+        schedules=tuple(FLOW_SCHEDULES),
+        clip_skip=2,
+        shifts=True,
+    )
+
+
+DEFAULTS = {
+    "medium": defaults(steps=28, cfg_scale=7.0),
+    "3.5-medium": defaults(steps=40, cfg_scale=4.5),
+    "3.5-large": defaults(steps=28, cfg_scale=3.5),
+    "3.5-large-turbo": defaults(steps=4, cfg_scale=1.0),
+}
