@@ -15,7 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -335,6 +335,7 @@ def put_together(
 PLACEHOLDER = re.compile(r"\{([^}]*)\}|\*")
 
 
+@cache
 def _pattern(name: str) -> re.Pattern[str]:
     """A name of a rule as a regular expression: `{i}` is a number, `*` the last component."""
     out, end = "", 0
