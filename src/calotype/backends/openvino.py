@@ -2,21 +2,31 @@
 
 `accelerate` wraps the torch modules. What a job's steps share is still computed once by torch (`UNet.prepare`); each
 step then runs a graph of static shapes, which OpenVINO compiles when the shapes are first met.
+
+The UNet's products may also be taken in int8, which is twice as fast and not the same: `OpenVinoUNet.error` measures
+how far its answers are from torch's. Such graphs are kept on disk; others are not, as compiling them again is as fast
+as reading them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import io
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from calotype.backends import openvino_cache
+from calotype.backends.openvino_cache import Bytes, Cache
 from calotype.errors import RequestError
+from calotype.nn import unet as networks
 from calotype.nn.autoencoder import Autoencoder, AutoencoderConfig, Decoder
 from calotype.nn.linear import native
 from calotype.nn.unet import KeysAndValues, Prepared, UNet, UNetConfig
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 OLDEST = (2025, 0)
+SAMPLE = 1024  # values
 
 
 def available() -> bool:
@@ -45,25 +56,45 @@ def require() -> None:
         raise RequestError("backend", "openvino", f"torch, as openvino {openvino.__version__} is too old; {remedy}")
 
 
-def accelerate(unet: UNet, vae: Autoencoder) -> tuple[OpenVinoUNet, OpenVinoAutoencoder]:
+def require_eight_bits() -> None:
+    """Raises RequestError where products in int8 would be neither exact nor fast."""
+    capable = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+    if not capable:
+        raise RequestError(
+            "storage",
+            "unet=int8",
+            "nothing for the UNet with the backend openvino: this CPU lacks the instructions for it (VNNI); the "
+            "backend torch takes int8 everywhere",
+        )
+
+
+def accelerate(unet: UNet, vae: Autoencoder, *, eight_bits: bool = False) -> tuple[OpenVinoUNet, OpenVinoAutoencoder]:
     """The two modules to put where these stood, on the CPU. They hold the originals and give the same results.
 
-    Raises RequestError where OpenVINO is not installed.
+    With `eight_bits` the UNet's are near the same: see `OpenVinoUNet.error`. Raises RequestError where OpenVINO is not
+    installed, or the CPU is not made for int8.
     """
-    return OpenVinoUNet(unet), OpenVinoAutoencoder(vae)
+    return OpenVinoUNet(unet, eight_bits=eight_bits), OpenVinoAutoencoder(vae)
 
 
 class OpenVinoUNet(nn.Module):
     """A UNet whose steps OpenVINO computes; `prepare` is torch's.
 
-    Keeps the `room` compiled graphs used last, each with its own packed copy of the weights.
+    Keeps the `room` compiled graphs used last, each with its own packed copy of the weights. `eight_bits` takes the
+    products in int8; `cache` is where such graphs are kept on disk, by default where the environment says.
     """
 
-    def __init__(self, unet: UNet, *, room: int = 2) -> None:
+    def __init__(self, unet: UNet, *, room: int = 2, eight_bits: bool = False, cache: Cache | None = None) -> None:
         require()
         super().__init__()
         self.unet = unet
+        self.eight_bits = eight_bits
+        if eight_bits:
+            require_eight_bits()
+        self._cache = (cache or openvino_cache.usual()) if eight_bits else None
         self._compiled = Recent[_Compiled](room)
+        self._errors: list[float] | None = None
+        self._loaded = state(unet)
 
     @property
     def config(self) -> UNetConfig:
@@ -84,14 +115,65 @@ class OpenVinoUNet(nn.Module):
         def build() -> _Compiled:
             from calotype.backends.openvino_graph import unet_graph
 
-            return _Compiled(unet_graph(self.unet, *shapes), self.unet.conv_in.weight.dtype)
+            def graph() -> ov.Model:
+                return unet_graph(self.unet, *shapes, eight_bits=self.eight_bits)
+
+            settings = _settings(self.unet.conv_in.weight.dtype)
+            if self._lasting is None:
+                return _Compiled(_core().compile_model(graph(), "CPU", settings))
+            return _kept(self._lasting, self._key(settings, shapes), graph, settings)
 
         compiled = self._compiled.get((shapes, state(self.unet)), build)
-        return compiled.run((x, *shifts), text)
+        answer = compiled.run((x, *shifts), text)
+        if self._errors is None:
+            return answer
+        wanted = self.unet(x, shifts, text).float()
+        self._errors.append(float((answer - wanted).norm() / wanted.norm()))
+        return wanted
+
+    def error(self, job: Callable[[], object]) -> float:
+        """How far the answers in one job are from torch's: |int8 - torch| / |torch|, the largest of its steps.
+
+        `job` runs it, and is given torch's answers meanwhile. It is not run where the cache knows the result.
+        """
+        cache, key = self._lasting, self._key("error")
+        known = None if cache is None else cache.get(key)
+        if known is not None:
+            return float(known.tobytes())
+        self._errors = errors = []
+        try:
+            job()
+        finally:
+            self._errors = None
+            self.forget()
+        if cache is not None:
+            cache.put(key, str(max(errors)).encode())
+        return max(errors)
 
     def forget(self) -> None:
         """Drop the compiled graphs: they hold the weights as they were when they were compiled."""
         self._compiled.clear()
+
+    @property
+    def _lasting(self) -> Cache | None:
+        """The cache, for what is worth its room there: not what is only tried out, nor weights that were changed."""
+        if self._errors is None and state(self.unet) == self._loaded:
+            return self._cache
+        return None
+
+    def _key(self, *more: object) -> str:
+        """What tells a graph from any other, as far as samples of its weights can tell."""
+        digest = hashlib.blake2b(digest_size=20)
+        core = _core()
+        machine = [core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
+        digest.update(repr((_version(), machine, self.config, *more)).encode())
+        for sample in _built_by():
+            digest.update(sample)
+        for name, weight in self.unet.named_parameters():
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            for sample in _samples(weight):
+                digest.update(sample)
+        return digest.hexdigest()
 
 
 class OpenVinoAutoencoder(nn.Module):
@@ -122,7 +204,8 @@ class OpenVinoAutoencoder(nn.Module):
         def build() -> _Compiled:
             from calotype.backends.openvino_graph import decoder_graph
 
-            return _Compiled(decoder_graph(net, latent.shape), net.decoder.conv_in.weight.dtype)
+            settings = _settings(net.decoder.conv_in.weight.dtype)
+            return _Compiled(_core().compile_model(decoder_graph(net, latent.shape), "CPU", settings))
 
         return self._compiled.get((tuple(latent.shape), state(net)), build).run((latent,))
 
@@ -154,15 +237,9 @@ class Recent(Generic[T]):
 class _Compiled:
     """A graph ready to run. Inputs are read where torch holds them; `text` is handed over once a job."""
 
-    def __init__(self, graph: ov.Model, dtype: torch.dtype) -> None:
-        bfloat16 = dtype == torch.bfloat16 and native(dtype)
-        settings = {
-            "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
-        self._request = _core().compile_model(graph, "CPU", settings).create_infer_request()
+    def __init__(self, model: ov.CompiledModel) -> None:
+        self.model = model
+        self._request = model.create_infer_request()
         self._lent: dict[int, np.ndarray[Any, Any]] = {}  # OpenVINO keeps addresses only
         self._text: Sequence[KeysAndValues] | None = None
 
@@ -183,6 +260,64 @@ class _Compiled:
         array = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
         self._request.set_input_tensor(number, ov.Tensor(array, shared_memory=True))
         self._lent[number] = array
+
+
+def _settings(dtype: torch.dtype) -> dict[str, str | int]:
+    bfloat16 = dtype == torch.bfloat16 and native(dtype)
+    return {
+        "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 64,  # of linear layers with weights in 8 bits
+    }
+
+
+def _kept(held: Cache, key: str, graph: Callable[[], ov.Model], settings: dict[str, str | int]) -> _Compiled:
+    """The compiled graph that the cache has, or a new one, which it then has too."""
+    blob = held.get(key)
+    if blob is not None:
+        try:
+            return _Restored(blob, settings)
+        except RuntimeError as error:
+            held.drop(key, str(error))
+    compiled = _Compiled(_core().compile_model(graph(), "CPU", settings))
+    stream = io.BytesIO()
+    compiled.model.export_model(stream)
+    held.put(key, stream.getbuffer())
+    return compiled
+
+
+class _Restored(_Compiled):
+    """A graph from the cache. It reads its weights from there: the file stays mapped."""
+
+    def __init__(self, blob: Bytes, settings: dict[str, str | int]) -> None:
+        import openvino as ov
+
+        self._blob = blob
+        super().__init__(_core().import_model(ov.Tensor(blob, shared_memory=True), "CPU", settings))
+
+
+def _samples(weight: Tensor) -> Iterator[bytes]:
+    """Values at the beginning, in the middle and at the end: training changes all of a tensor, or nothing."""
+    values = weight.detach().reshape(-1)
+    size = len(values)
+    for start in sorted({0, max(size // 2 - SAMPLE // 2, 0), max(size - SAMPLE, 0)}):
+        yield values[start : start + SAMPLE].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@cache
+def _built_by() -> tuple[bytes, ...]:
+    """The source of all that decides how a graph is built."""
+    from calotype.backends import openvino_graph, openvino_layers
+
+    return tuple(Path(module.__file__ or "").read_bytes() for module in (openvino_graph, openvino_layers, networks))
+
+
+def _version() -> str:
+    import openvino
+
+    return openvino.__version__
 
 
 @cache

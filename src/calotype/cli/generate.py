@@ -135,7 +135,8 @@ def generate(
 
         loaded = load(*sources, device=device, dtype=dtype, memory=memory, backend=backend, storage=_storage(storage))
     for part, error in loaded.storage_errors.items():
-        _note(f"{part} is kept in fewer bits: its matrices are off by {error:.1%}")
+        what = "its answers" if (backend, part) == ("openvino", "unet") else "its matrices"
+        _note(f"{part} is kept in fewer bits: {what} are off by {error:.1%}")
     for part, effect in loaded.left_out.items():
         _note(f"without {part} {effect}")
     if drawn_by is not None and drawn_by != loaded.name:

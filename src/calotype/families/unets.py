@@ -60,14 +60,17 @@ class UNetModel(FamilyModel[UNetConditioning]):
         self.device = device
         self.backbone = unet
 
-    def run_with_openvino(self) -> None:
-        """Hand the UNet's steps and the decoder to OpenVINO, on the CPU. RequestError where it is not installed."""
+    def run_with_openvino(self, *, eight_bits: bool = False) -> None:
+        """Hand the UNet's steps and the decoder to OpenVINO, on the CPU; the steps in int8 if asked to.
+
+        RequestError where it is not installed, or the CPU is not made for int8.
+        """
         assert isinstance(self.unet, UNet)
         if isinstance(self.vae, Autoencoder):
-            self.unet, vae = accelerate(self.unet, self.vae)
+            self.unet, vae = accelerate(self.unet, self.vae, eight_bits=eight_bits)
             self.vae = vae  # pyright: ignore[reportIncompatibleVariableOverride]
         else:
-            self.unet = OpenVinoUNet(self.unet)
+            self.unet = OpenVinoUNet(self.unet, eight_bits=eight_bits)
         self.backbone = self.unet
 
     @abstractmethod

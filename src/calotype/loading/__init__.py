@@ -28,6 +28,7 @@ from calotype.loading.describe import Description, PartDescription, describe
 from calotype.loading.gather import Chosen, Opened, gather
 from calotype.loading.manifests import manifest, manifests
 from calotype.loading.refusals import is_embedding, recognised, refuse_damaged, refuse_incomplete
+from calotype.loading.rounding import rounding_error
 from calotype.loading.sharing import PROMPTS, Built, digest_of, fingerprint, shared
 from calotype.loading.tokenizers import tokenizer_for
 from calotype.memory.ladder import RUNGS, Memory, Rung
@@ -64,7 +65,9 @@ def load(
     backend  "torch", or "openvino" (the extra calotype[openvino]): the UNet families' steps and decoder on the CPU,
              faster than torch there and equal to rounding; graphs are compiled when a size is first met
     storage  "int8" or "int4" for parts by name, as {"chatglm": "int4"}: their matrices are kept in groups of so many
-             bits and widened when used. `Model.storage_errors` holds how far they are from what was read
+             bits and widened when used. `Model.storage_errors` holds how far they are from what was read. With
+             "openvino", {"unet": "int8"} has the UNet compute in int8, and its error is how far its answers are from
+             torch's: measured on a small job when the model is first loaded, and remembered
 
     Raises a LoadError that says what came, what was wanted and what to do.
     """
@@ -74,12 +77,12 @@ def load(
     asked = _storage(storage or {})
     if backend not in BACKENDS:
         raise RequestError("backend", backend, "one of " + ", ".join(BACKENDS))
+    eight_bits = False
     if backend == "openvino":
         require()
         if target.type != "cpu":
             raise RequestError("device", str(target), "cpu: the backend openvino computes there")
-        if "unet" in asked:
-            raise RequestError("storage", "unet", "other parts with the backend openvino, which packs its own weights")
+        eight_bits = _eight_bits(asked)
     opened = gather(sources)
     wanted = _dtype(opened.card.get("dtype") if dtype is None else dtype)
     family, chosen, configs = recognised(opened)
@@ -135,14 +138,17 @@ def load(
     if backend == "openvino":
         if not isinstance(model, UNetModel):
             raise RequestError("backend", backend, f"torch: OpenVINO runs the UNet families, and not {family.title}")
-        model.run_with_openvino()
+        model.run_with_openvino(eight_bits=eight_bits)
     errors = {role: quantised_error(networks[role], chosen[role], configs[role]) for role in stored}
-    return Model(
+    loaded: Model[Any] = Model(
         model,
         storage_errors=errors,
         left_out={role.name: role.optional for role in family.left_out(chosen)},
         prompts=None if model.content is None else PROMPTS,
     )
+    if eight_bits:
+        loaded.storage_errors["unet"] = rounding_error(loaded)
+    return loaded
 
 
 def _storage(storage: Mapping[str, str]) -> dict[str, Bits]:
@@ -150,6 +156,14 @@ def _storage(storage: Mapping[str, str]) -> dict[str, Bits]:
         if kind not in STORAGES:
             raise RequestError("storage", f"{role}={kind}", "a part with one of " + ", ".join(STORAGES))
     return {role: STORAGES[kind] for role, kind in storage.items()}
+
+
+def _eight_bits(storage: dict[str, Bits]) -> bool:
+    """Whether OpenVINO is asked to compute the UNet in int8, which is then no part that torch stores so."""
+    bits = storage.pop("unet", None)
+    if bits not in (None, 8):
+        raise RequestError("storage", f"unet=int{bits}", "int8 for the UNet with the backend openvino")
+    return bits is not None
 
 
 def _bits(family: Family, storage: dict[str, Bits]) -> dict[str, Bits]:

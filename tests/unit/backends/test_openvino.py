@@ -186,7 +186,9 @@ def test_a_graph_is_compiled_once_for_its_shapes(monkeypatch: pytest.MonkeyPatch
 
     built: list[object] = []
     build = openvino_graph.unet_graph
-    monkeypatch.setattr(openvino_graph, "unet_graph", lambda *given: (built.append(given[1]), build(*given))[1])
+    monkeypatch.setattr(
+        openvino_graph, "unet_graph", lambda *given, **how: (built.append(given[1]), build(*given, **how))[1]
+    )
     net = unet()
     fast = OpenVinoUNet(net, room=2)
     given = prepared(net, (2, 6))
