@@ -88,7 +88,9 @@ def rotations(width: int, corners: Any, tokens: tuple[int, int], **_: object) ->
     rows = np.linspace(top, bottom, tokens[0], endpoint=False, dtype=np.float32)
     columns = np.linspace(left, right, tokens[1], endpoint=False, dtype=np.float32)
     grid = torch.from_numpy(np.stack(np.meshgrid(columns, rows)))
-    return get_2d_rotary_pos_embed_from_grid(width, grid[:, None], use_real=True)
+    table = get_2d_rotary_pos_embed_from_grid(width, grid[:, None], use_real=True)
+    assert isinstance(table, tuple)
+    return table
 
 
 @pytest.mark.parametrize("size", [WIDE, {"width": 64, "height": 112}], ids=["wide", "tall"])
@@ -398,8 +400,8 @@ def test_a_picture_to_start_from(tmp_path: Path) -> None:
             rest = bar**0.5 * v + (1 - bar) ** 0.5 * x
             x = after**0.5 * clean + (1 - after) ** 0.5 * rest
         decoded = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample
-        reference = pipeline.image_processor.postprocess(decoded)[0]
-    assert_same(picture, reference)
+        images: Any = pipeline.image_processor.postprocess(decoded)
+    assert_same(picture, images[0])
     assert np.abs(np.asarray(picture, dtype=int) - np.asarray(begun, dtype=int)).mean() > 3
 
 

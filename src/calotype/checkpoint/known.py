@@ -74,6 +74,10 @@ def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
         return Attachment("controlnet", "original", unet_family(shapes))
     if "controlnet_cond_embedding" in first:
         return Attachment("controlnet", "diffusers", unet_family(shapes))
+    if {"before_proj", "after_proj_list"} <= first or first >= {"controlnet_blocks", "text_embedding_padding"}:
+        return Attachment("controlnet", "original" if "before_proj" in first else "diffusers", "hunyuan_dit")
+    if any(".kv_proj_ip_adapter." in key for key in shapes):
+        return Attachment("ip_adapter", "original", "hunyuan_dit")
     if "controlnet_blocks" in first:
         sd3 = "pos_embed_input" in first or "pos_embed" in first
         return Attachment("controlnet", "diffusers", "sd3" if sd3 else "flux")

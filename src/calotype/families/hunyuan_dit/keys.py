@@ -182,8 +182,7 @@ TRANSFORMER = Part(
             name="original",
             style="original",
             signature=Signature(
-                has=("text_embedding_padding", "blocks.0.attn1.Wqkv.weight", "final_layer.linear.weight"),
-                lacks=("before_proj.weight",),  # a ControlNet's
+                has=("text_embedding_padding", "blocks.0.attn1.Wqkv.weight", "final_layer.linear.weight")
             ),
             config=original_config,
             table=original_table,
@@ -197,7 +196,6 @@ TRANSFORMER = Part(
                     "time_extra_emb.timestep_embedder.linear_1.weight",
                     "proj_out.weight",
                 ),
-                lacks=("controlnet_blocks.0.weight",),
             ),
             config=diffusers_config,
             table=diffusers_table,
