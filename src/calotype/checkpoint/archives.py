@@ -1,7 +1,7 @@
 """Zip archives as torch.save writes them: where each stored file's bytes lie, without unpacking anything.
 
-Nothing is inflated, so there is no bomb to defuse: a compressed or encrypted member is refused by its header. The
-directory is read under limits, members may neither overlap nor leave the file, and names may not lead out of it.
+Nothing is ever inflated, so there is no bomb to defuse. The directory is read under limits, members may be neither
+encrypted nor overlap nor leave the file, and names may not lead out of it.
 Layout: APPNOTE.TXT 6.3.10 (PKWARE), sections 4.3 to 4.5.
 """
 
@@ -26,22 +26,24 @@ ABSENT = 0xFFFFFFFF  # the number is in the extra field
 
 
 class Member(NamedTuple):
-    """A stored file: its first byte within the archive, and how many follow."""
+    """A file within the archive: its first byte, how many follow, and whether they are stored as they are."""
 
     start: int
     size: int
+    stored: bool
 
 
 class _Record(NamedTuple):
     name: bytes
     header: int
     size: int
+    method: int
 
 
 def members(path: Path) -> dict[str, Member]:
     """Every member of an archive, by name. Raises DamagedFile."""
     with path.open("rb", buffering=0) as file:
-        directory, start = _directory(path, file)
+        directory, start, count = _directory(path, file)
         found: dict[str, Member] = {}
         spans: list[tuple[int, int, str]] = []
         for record in _records(path, directory):
@@ -52,6 +54,8 @@ def members(path: Path) -> dict[str, Member]:
                 raise DamagedFile(f"{path}: {name[:80]!r} begins outside the archive; the file is not sound")
             found[name] = member = _placed(path, file, record, name)
             spans.append((record.header, member.start + member.size, name))
+    if len(found) != count:
+        raise DamagedFile(f"{path}: the archive's directory lists {len(found):,} files, not {count:,}")
     end = 0
     for first, last, name in sorted(spans):
         if first < end or last > start:
@@ -62,8 +66,8 @@ def members(path: Path) -> dict[str, Member]:
     return found
 
 
-def _directory(path: Path, file: BinaryIO) -> tuple[bytes, int]:
-    """The bytes of the central directory, and where they begin."""
+def _directory(path: Path, file: BinaryIO) -> tuple[bytes, int, int]:
+    """The bytes of the central directory, where they begin, and how many files they list."""
     size = file.seek(0, 2)
     tail_start = max(size - END.size - MAX_COMMENT, 0)
     tail = _read(file, tail_start, size - tail_start)
@@ -89,7 +93,7 @@ def _directory(path: Path, file: BinaryIO) -> tuple[bytes, int]:
         raise DamagedFile(f"{path}: an archive of {count:,} files; at most {MAX_MEMBERS:,} are accepted")
     if start + length > end:
         raise DamagedFile(f"{path}: the archive's directory does not fit into the file; fetch it again")
-    return _read(file, start, length), start
+    return _read(file, start, length), start, count
 
 
 def _records(path: Path, directory: bytes) -> list[_Record]:
@@ -109,12 +113,10 @@ def _records(path: Path, directory: bytes) -> list[_Record]:
         shown = name[:80].decode(errors="replace")
         if flags & ENCRYPTED:
             raise DamagedFile(f"{path}: {shown!r} is encrypted; checkpoints are not")
-        if method:
-            raise DamagedFile(f"{path}: {shown!r} is compressed; torch.save stores its files as they are")
         size, packed, header = _long(path, extra, size, packed, header)
-        if size != packed:
+        if not method and size != packed:
             raise DamagedFile(f"{path}: {shown!r} has two sizes, {size:,} and {packed:,} bytes")
-        found.append(_Record(name, header, size))
+        found.append(_Record(name, header, packed, method))
     return found
 
 
@@ -150,9 +152,14 @@ def _placed(path: Path, file: BinaryIO, record: _Record, name: str) -> Member:
         raise DamagedFile(f"{path}: the archive has no {name[:80]!r} where its directory says")
     values = LOCAL.unpack_from(header)
     flags, method, name_length, extra_length = values[2], values[3], values[9], values[10]
-    if flags & ENCRYPTED or method or name_length != len(record.name) or header[LOCAL.size :] != record.name:
+    if (
+        flags & ENCRYPTED
+        or method != record.method
+        or name_length != len(record.name)
+        or header[LOCAL.size :] != record.name
+    ):
         raise DamagedFile(f"{path}: the archive's directory and {name[:80]!r} contradict each other")
-    return Member(record.header + LOCAL.size + name_length + extra_length, record.size)
+    return Member(record.header + LOCAL.size + name_length + extra_length, record.size, record.method == 0)
 
 
 def _read(file: BinaryIO, start: int, length: int) -> bytes:

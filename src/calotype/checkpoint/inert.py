@@ -15,13 +15,14 @@ from __future__ import annotations
 import re
 import struct
 import sys
+from _compat_pickle import IMPORT_MAPPING
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from calotype.errors import DamagedFile, UnsafeFile
 
-MAX_STEPS = 1_000_000  # a tensor takes some 35
+MAX_STEPS = 500_000  # a tensor takes some 35; Stable Diffusion 1.x with optimizer states 120,000
 MAX_LONG = 1024  # bytes of an integer; the state of a random generator has some
 MAX_ARGUMENTS = 16
 MAX_NAME = 256
@@ -86,9 +87,20 @@ PLAIN: dict[str, frozenset[str]] = {
     ),
     "numpy.core.multiarray": frozenset({"_reconstruct", "scalar"}),
     "numpy._core.multiarray": frozenset({"_reconstruct", "scalar"}),
-    "torch": frozenset({"device", "strided", "contiguous_format", "preserve_format", "channels_last"}),
+    "torch": frozenset(
+        [
+            "device",
+            "strided",
+            "contiguous_format",
+            "preserve_format",
+            "channels_last",
+            "per_tensor_affine",
+            "per_channel_affine",
+        ]
+    ),
+    "torch.serialization": frozenset({"_get_layout"}),  # of sparse tensors, which are refused by their own name
 }
-PYTHON = sys.stdlib_module_names | {"__builtin__", "copy_reg"}
+PYTHON = sys.stdlib_module_names | IMPORT_MAPPING.keys()  # and as Python 2 called them
 
 
 class Name(NamedTuple):
@@ -162,9 +174,10 @@ class Machine:
                 self._steps += 1
                 if opcode == STOP:
                     return self._stack.pop()
-                if opcode not in operations:
+                operation = operations.get(opcode)
+                if operation is None:
                     raise self._damaged(f"byte {self.at - 1:,} is no opcode that torch.save writes")
-                operations[opcode](self)
+                operation(self)
         except IndexError:
             raise self._damaged("it takes more from the stack than there is") from None
         except UnicodeDecodeError:
@@ -220,9 +233,6 @@ class Machine:
 
     # ---- the stack
 
-    def _push(self, value: object) -> None:
-        self._stack.append(value)
-
     def _popped_mark(self) -> list[Any]:
         """What lies above the last mark, which goes."""
         items = self._stack
@@ -231,7 +241,7 @@ class Machine:
 
     def _push_marked(self, make: Callable[[list[Any]], object]) -> None:
         items = self._popped_mark()
-        self._push(make(items))
+        self._stack.append(make(items))
 
     def _pop(self) -> None:
         if self._stack:
@@ -246,7 +256,9 @@ class Machine:
     def _tuple(self, count: int) -> None:
         if len(self._stack) < count:
             raise IndexError
-        self._stack[len(self._stack) - count :] = [tuple(self._stack[len(self._stack) - count :])]
+        items = tuple(self._stack[-count:])
+        del self._stack[-count:]
+        self._stack.append(items)
 
     def _append(self, items: Iterable[object]) -> None:
         target = self._stack[-1]
@@ -267,7 +279,7 @@ class Machine:
     def _get(self, index: int) -> None:
         if index not in self._memo:
             raise self._damaged("it asks for what it did not keep")
-        self._push(self._memo[index])
+        self._stack.append(self._memo[index])
 
     # ---- names and calls
 
@@ -286,7 +298,7 @@ class Machine:
                     "look for a .safetensors file of the same model"
                 )
             known = asked
-        self._push(known)
+        self._stack.append(known)
 
     def _call(self, what: object, arguments: object) -> object:
         if not isinstance(what, Name) or type(arguments) is not tuple:
@@ -307,7 +319,7 @@ class Machine:
 
     def _reduce(self) -> None:
         arguments, what = self._stack.pop(), self._stack.pop()
-        self._push(self._call(what, arguments))
+        self._stack.append(self._call(what, arguments))
 
     def _new_with_keywords(self) -> None:
         self._stack.pop()
@@ -326,28 +338,28 @@ class Machine:
     _OPERATIONS: ClassVar[Mapping[int, Callable[[Machine], None]]] = {
         0x80: lambda self: self._protocol(),
         0x95: lambda self: _nothing(self._take(8)),  # FRAME: how much to read ahead
-        ord("N"): lambda self: self._push(None),
-        0x88: lambda self: self._push(True),
-        0x89: lambda self: self._push(False),
-        ord("K"): lambda self: self._push(self._number(1)),
-        ord("M"): lambda self: self._push(self._number(2)),
-        ord("J"): lambda self: self._push(self._integer(4)),
-        0x8A: lambda self: self._push(self._integer(self._number(1))),
-        0x8B: lambda self: self._push(self._integer(self._number(4))),
-        ord("G"): lambda self: self._push(self._float()),
-        0x8C: lambda self: self._push(self._text(self._number(1))),
-        ord("X"): lambda self: self._push(self._text(self._number(4))),
-        0x8D: lambda self: self._push(self._text(self._number(8))),
-        ord("U"): lambda self: self._push(self._old_text(self._number(1))),
-        ord("T"): lambda self: self._push(self._old_text(self._number(4))),
-        ord("C"): lambda self: self._push(self._take(self._number(1))),
-        ord("B"): lambda self: self._push(self._take(self._number(4))),
-        0x8E: lambda self: self._push(self._take(self._number(8))),
-        0x96: lambda self: self._push(self._take(self._number(8))),
-        ord("}"): lambda self: self._push(Thing(DICT)),
-        ord("]"): lambda self: self._push([]),
-        ord(")"): lambda self: self._push(()),
-        0x8F: lambda self: self._push(Thing(SET)),
+        ord("N"): lambda self: self._stack.append(None),
+        0x88: lambda self: self._stack.append(True),
+        0x89: lambda self: self._stack.append(False),
+        ord("K"): lambda self: self._stack.append(self._number(1)),
+        ord("M"): lambda self: self._stack.append(self._number(2)),
+        ord("J"): lambda self: self._stack.append(self._integer(4)),
+        0x8A: lambda self: self._stack.append(self._integer(self._number(1))),
+        0x8B: lambda self: self._stack.append(self._integer(self._number(4))),
+        ord("G"): lambda self: self._stack.append(self._float()),
+        0x8C: lambda self: self._stack.append(self._text(self._number(1))),
+        ord("X"): lambda self: self._stack.append(self._text(self._number(4))),
+        0x8D: lambda self: self._stack.append(self._text(self._number(8))),
+        ord("U"): lambda self: self._stack.append(self._old_text(self._number(1))),
+        ord("T"): lambda self: self._stack.append(self._old_text(self._number(4))),
+        ord("C"): lambda self: self._stack.append(self._take(self._number(1))),
+        ord("B"): lambda self: self._stack.append(self._take(self._number(4))),
+        0x8E: lambda self: self._stack.append(self._take(self._number(8))),
+        0x96: lambda self: self._stack.append(self._take(self._number(8))),
+        ord("}"): lambda self: self._stack.append(Thing(DICT)),
+        ord("]"): lambda self: self._stack.append([]),
+        ord(")"): lambda self: self._stack.append(()),
+        0x8F: lambda self: self._stack.append(Thing(SET)),
         ord("("): lambda self: self._mark(),
         ord("t"): lambda self: self._push_marked(tuple),
         0x91: lambda self: self._push_marked(lambda _: Thing(SET)),
@@ -361,7 +373,7 @@ class Machine:
         ord("u"): lambda self: self._set(self._popped_mark()),
         ord("0"): lambda self: self._pop(),
         ord("1"): lambda self: _nothing(self._popped_mark()),
-        ord("2"): lambda self: self._push(self._stack[-1]),
+        ord("2"): lambda self: self._stack.append(self._stack[-1]),
         ord("q"): lambda self: self._put(self._number(1)),
         ord("r"): lambda self: self._put(self._number(4)),
         0x94: lambda self: self._put(len(self._memo)),
@@ -369,7 +381,7 @@ class Machine:
         ord("j"): lambda self: self._get(self._number(4)),
         ord("c"): lambda self: self._name(self._line(), self._line()),
         0x93: lambda self: self._name(self._stack.pop(-2), self._stack.pop()),
-        ord("Q"): lambda self: self._push(self._stored(self._stack.pop())),
+        ord("Q"): lambda self: self._stack.append(self._stored(self._stack.pop())),
         ord("R"): lambda self: self._reduce(),
         0x81: lambda self: self._reduce(),  # NEWOBJ
         0x92: lambda self: self._new_with_keywords(),

@@ -28,7 +28,7 @@ MAGIC = 0x1950A86A20F9469CFC6C
 VERSION = 1001
 MAX_AXES = 16
 MAX_DEPTH = 32  # of dicts within dicts
-MAX_VISITS = 300_000  # of their items: one dict may lie within others many times
+MAX_VISITS = 100_000  # of their items: one dict may lie within others many times
 MAX_NAME = 512
 MAX_TEXT = 256  # characters of text that is kept
 WRAPPERS = ("state_dict", "model_state_dict", "module", "model_state", "model")
@@ -126,16 +126,19 @@ class TorchFile(TensorFile):
 
     def _zipped(self) -> tuple[object, dict[str, Member]]:
         found = members(self.path)
+        if any(name.split("/")[1:2] == ["code"] for name in found):
+            raise UnsupportedModel(
+                f"{self.path}: a TorchScript archive, which holds a program; save its state_dict() instead"
+            )
+        for name, member in found.items():
+            if not member.stored:
+                raise DamagedFile(f"{self.path}: {name[:80]!r} is compressed; torch.save stores its files as they are")
         roots = [
             name.removesuffix("/data.pkl") for name in found if name.count("/") == 1 and name.endswith("/data.pkl")
         ]
         if len(roots) != 1:
             raise DamagedFile(f"{self.path}: a zip archive without its one data.pkl; torch.save did not write it")
         root = roots[0]
-        if f"{root}/constants.pkl" in found or any(name.startswith(f"{root}/code/") for name in found):
-            raise UnsupportedModel(
-                f"{self.path}: a TorchScript archive, which holds a program; save its state_dict() instead"
-            )
         if self._member(found, f"{root}/byteorder", b"little").strip() != b"little":
             raise UnsupportedModel(f"{self.path}: written on a big-endian machine; save it again as safetensors")
         machine = self._machine(self._member(found, f"{root}/data.pkl"))
@@ -153,7 +156,7 @@ class TorchFile(TensorFile):
     def _member(self, found: Mapping[str, Member], name: str, default: bytes = b"") -> bytes:
         if name not in found:
             return default
-        start, size = found[name]
+        start, size, _ = found[name]
         if size > MAX_HEADER:
             raise DamagedFile(f"{self.path}: {name} of {size:,} bytes; at most {MAX_HEADER:,} are accepted")
         with self.path.open("rb") as file:
@@ -187,7 +190,7 @@ class TorchFile(TensorFile):
                     )
                 if counted != storage.size:
                     raise DamagedFile(f"{self.path}: a storage of {counted:,} bytes, where {storage.size:,} belong")
-                places[key] = Member(at + 8, storage.size)
+                places[key] = Member(at + 8, storage.size, True)
                 at += 8 + storage.size
         return content, places
 
@@ -272,7 +275,7 @@ class TorchFile(TensorFile):
         if not len(sides) == len(steps) == len(shape):
             raise DamagedFile(f"{self.path}: its pickle describes a tensor of an impossible shape")
         reach = 1 + sum((side - 1) * step for side, step in zip(sides, steps, strict=True)) if 0 not in sides else 0
-        if offset < 0 or (offset + reach) * dtype.itemsize > storage.size:
+        if offset < 0 or (reach and (offset + reach) * dtype.itemsize > storage.size):
             raise DamagedFile(
                 f"{self.path}: a tensor of shape {tuple(sides)} does not fit into its storage of {storage.size:,} bytes"
             )
@@ -342,7 +345,7 @@ class TorchFile(TensorFile):
             key, value = next(items, (None, None))
             if key is None:
                 pending.pop()
-            elif not isinstance(value, View | Thing) or (not prefix and key in TRAINING):
+            elif not isinstance(value, (View, Thing)) or (not prefix and key in TRAINING):
                 continue
             elif len(key) > MAX_NAME:
                 raise DamagedFile(f"{self.path}: {key[:80]!r}... is too long for the name of a tensor")
