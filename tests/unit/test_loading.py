@@ -569,7 +569,7 @@ def test_diffusers_reads_what_is_converted(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, stored.mapped(key)) for key, tensor in theirs.state_dict().items())
     vae = tiny.save(tmp_path / "ae.safetensors", tiny.tensors(AUTOENCODER, "original", tiny.VAE))
     convert(vae, tmp_path / "vae", "diffusers")
-    assert diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").config.shift_factor == tiny.VAE.shift
+    assert diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").config.latent_channels == tiny.VAE.latent_channels
 
 
 def test_conversion_refuses_what_it_cannot_do(tmp_path: Path) -> None:

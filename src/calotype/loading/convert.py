@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from calotype.checkpoint.keys import put_together
-from calotype.checkpoint.layouts import Layout
+from calotype.checkpoint.layouts import Found, Layout
 from calotype.checkpoint.sources import CARD, INDEX, SCHEDULER, TOKENIZER_FILES
 from calotype.checkpoint.writing import Planned, write
 from calotype.errors import NotAModel, OutputError, RequestError, UnknownModel, UnsupportedModel
 from calotype.families import FAMILIES
 from calotype.families.family import Family
 from calotype.loading.gather import Chosen, Opened, choose, gather
+from calotype.loading.refusals import takers_of
 
 STYLES = ("original", "diffusers")
 
@@ -36,7 +37,7 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], layout:
     if layout not in STYLES:
         raise RequestError("layout", layout, "one of " + ", ".join(STYLES))
     opened = gather([source])
-    family, parts = _parts(opened)
+    family, parts, unknown = _parts(opened)
     target = Path(out)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise OutputError(f"{target}: it exists already; give a name that is not taken")
@@ -50,19 +51,22 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], layout:
     for role, part in parts.items():
         if layout == "diffusers":
             folder = target if single else target / part.role.folder
-            written += _as_folder(part, folder)
+            written += _as_folder(part, folder, unknown)
         elif part.found.part.styled(layout) is None:
-            written += _as_folder(part, target if single else target / part.role.folder)
+            written += _as_folder(part, target if single else target / part.role.folder, unknown)
         else:
             name = part.role.file.format(variant) or f"{role}.safetensors"
-            written += _as_file(part, layout, target if as_file else target / name, as_file)
+            written += _as_file(part, layout, target if as_file else target / name, as_file, unknown)
     if not single:
         written += _beside(opened, family, parts, target, layout, variant)
     return tuple(written)
 
 
-def _parts(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
-    """The family, by its backbone if that is there, and its parts."""
+def _parts(opened: Opened) -> tuple[Family, dict[str, Chosen], frozenset[str]]:
+    """The family, by its backbone if that is there, its parts, and which of their settings nothing shows.
+
+    A part alone may be several families': an autoencoder's scale then depends on the model that it will go into.
+    """
     for item in opened.items:
         if item.detected.attachment is not None:
             raise NotAModel(
@@ -75,16 +79,29 @@ def _parts(opened: Opened) -> tuple[Family, dict[str, Chosen]]:
     if not found:
         raise UnknownModel(f"{opened.name}: no known model or part; run `calotype info {opened.name}`")
     with_backbone = [family for family in FAMILIES if any(piece.part in family.backbone.parts for piece in found)]
-    family = next(iter(with_backbone), FAMILIES[0])
-    return family, choose(family, opened)
+    if with_backbone:
+        return with_backbone[0], choose(with_backbone[0], opened), frozenset()
+    families = takers_of(found)
+    return (
+        families[0],
+        choose(families[0], opened),
+        frozenset(key for piece in found for key in _unsaid(piece, families)),
+    )
 
 
-def _as_folder(part: Chosen, folder: Path) -> list[Path]:
+def _unsaid(found: Found[Any], families: Sequence[Family]) -> set[str]:
+    """The settings of a part that depend on the family, as far as these families have it."""
+    roles = [role for family in families if (role := family.taking(found)) is not None]
+    settings = [role.settings_of(found.part) for role in roles]
+    return {key for one in settings for key in one if any(other.get(key) != one[key] for other in settings)}
+
+
+def _as_folder(part: Chosen, folder: Path, unknown: frozenset[str]) -> list[Path]:
     """A part as a folder: config.json and one file of weights."""
     known = (part.found.part.styled("diffusers"), part.found.layout, *part.found.part.layouts)
     layout = next(layout for layout in known if layout is not None and layout.settings is not None)
     assert layout.settings is not None
-    settings = layout.settings(part.config)
+    settings = _known(layout.settings(part.config), unknown)
     weights = folder / ("diffusion_pytorch_model.safetensors" if "_class_name" in settings else "model.safetensors")
     metadata = {key: value for key, value in part.found.weights.metadata.items() if key != "config"}
     _write(part, layout, weights, {**metadata, "format": "pt"})
@@ -93,12 +110,18 @@ def _as_folder(part: Chosen, folder: Path) -> list[Path]:
     return [weights, config]
 
 
-def _as_file(part: Chosen, style: str, path: Path, named: bool) -> list[Path]:
+def _known(settings: dict[str, Any], unknown: frozenset[str]) -> dict[str, Any]:
+    """Settings less those that would be a guess: left out, they are the model's that the part is loaded into."""
+    return {key: value for key, value in settings.items() if key not in unknown}
+
+
+def _as_file(part: Chosen, style: str, path: Path, named: bool, unknown: frozenset[str]) -> list[Path]:
     """A part as its original file; what its config.json said goes into the header."""
     layout = part.found.part.styled(style)
     assert layout is not None
     metadata = dict(part.found.weights.metadata)
-    known = part.found.settings or (part.found.layout.settings(part.config) if part.found.layout.settings else {})
+    own = part.found.layout.settings
+    known = part.found.settings or (_known(own(part.config), unknown) if own else {})
     if known:
         metadata["config"] = json.dumps(dict(known))
     if layout.name != "taesd":
