@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,12 +36,14 @@ from torch import Tensor
 from transformers import BertTokenizer, T5Tokenizer
 
 import calotype
+from calotype import loading
 from calotype.checkpoint.tokenizer_files import prompt_tokenizer, read_tokenizer, sentencepiece_tokenizer
 from calotype.families.hunyuan_dit import DEFAULTS, HunyuanModel
 from calotype.families.hunyuan_dit.config import HunyuanConfig
 from calotype.families.hunyuan_dit.keys import TRANSFORMER
 from calotype.families.hunyuan_dit.network import THETA, HunyuanNetwork, positions
 from calotype.loading import convert, describe
+from calotype.nn.quantized import fill_quantized
 from calotype.nn.rope import rope_table
 
 PROMPT, NEGATIVE = "a red fox in the snow", "blue dog"
@@ -471,3 +474,30 @@ def test_the_original_layout_is_what_diffsynth_reads() -> None:
             rotations(88, ((0, 0), (32, 32)), (4, 4)),
         )
         assert_near(network(x, prepared, 0)[:, :4], reference)
+
+
+@pytest.mark.parametrize("memory", ["components", "stream"])
+def test_lower_rungs_of_memory_draw_the_same_picture(memory: str, tmp_path: Path) -> None:
+    hunyuan(tmp_path, styled=True)
+    settings: dict[str, Any] = {"seed": 3, **SQUARE, "steps": 2}
+    wanted = calotype.load(tmp_path, memory="resident").generate(PROMPT, **settings)
+    assert np.array_equal(calotype.load(tmp_path, memory=memory).generate(PROMPT, **settings), np.asarray(wanted))
+
+
+@pytest.mark.parametrize(("bits", "error"), [("int8", 0.01), ("int4", 0.1)])
+def test_storage_in_fewer_bits(bits: str, error: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transformer's answer and T5's states are off by no more than their matrices, a few layers on."""
+    hunyuan(tmp_path, styled=True)
+    monkeypatch.setattr(loading, "fill_quantized", partial(fill_quantized, least=256))
+    exact, kept = calotype.load(tmp_path), calotype.load(tmp_path, storage={"transformer": bits, "t5": bits})
+    assert set(kept.storage_errors) == {"transformer", "t5"}
+    assert all(0 < found < error for found in kept.storage_errors.values())
+    with torch.inference_mode():
+        x, answers = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), list[Tensor]()
+        for model in (exact.family, kept.family):
+            assert isinstance(model, HunyuanModel)
+            made = model.condition(PROMPT, JOB, negative=False)
+            told = torch.tensor([[64, 64, 64, 64, 0, 0]])
+            prepared = model.transformer.prepare(made.text, made.t5, made.mask, told, torch.tensor([400.0]), 4, 4)
+            answers.append(model.transformer(x, prepared, 0))
+    assert 0 < float((answers[0] - answers[1]).norm() / answers[0].norm()) < 20 * error
