@@ -16,6 +16,7 @@ from calotype.cli.output import columns
 if TYPE_CHECKING:
     from calotype.request import Defaults
 
+LINE = 110  # characters
 RUNS, COMING = "runs", "recognised, not run yet"
 
 
@@ -85,8 +86,9 @@ def _names(running: list[tuple[Listed, Defaults]], field: str) -> Iterator[tuple
         named = families.setdefault(", ".join(getattr(defaults, field)), [])
         if item.family not in named:
             named.append(item.family)
+    room = LINE - 2 - max(len(", ".join(named)) for named in families.values())
     for allowed, named in families.items():
-        first, *rest = textwrap.wrap(allowed, 80)
+        first, *rest = textwrap.wrap(allowed, room)
         yield ", ".join(named), first
         yield from (("", line) for line in rest)
 

@@ -107,60 +107,6 @@ COMING: tuple[Known, ...] = (
     _stranger(
         "AuraFlow", "transformer", "diffusers", "joint_transformer_blocks.0.attn.add_q_proj.weight", "register_tokens"
     ),
-    Known(
-        family="sd3",
-        variant="3.5-medium",
-        part="transformer",
-        layout="original",
-        signature=Signature(has=("joint_blocks.0.x_block.attn2.qkv.weight", "x_embedder.proj.weight")),
-    ),
-    Known(
-        family="sd3",
-        variant="3.5-large",
-        part="transformer",
-        layout="original",
-        signature=Signature(has=("joint_blocks.37.x_block.attn.qkv.weight", "x_embedder.proj.weight")),
-    ),
-    Known(
-        family="sd3",
-        variant="medium",
-        part="transformer",
-        layout="original",
-        signature=Signature(has=("joint_blocks.0.x_block.attn.qkv.weight", "x_embedder.proj.weight")),
-    ),
-    Known(
-        family="sd3",
-        variant="3.5-medium",
-        part="transformer",
-        layout="diffusers",
-        signature=Signature(
-            has=(
-                "transformer_blocks.0.attn2.to_q.weight",
-                "transformer_blocks.0.attn.add_q_proj.weight",
-                "pos_embed.proj.weight",
-            )
-        ),
-    ),
-    Known(
-        family="sd3",
-        variant="3.5-large",
-        part="transformer",
-        layout="diffusers",
-        signature=Signature(
-            has=(
-                "transformer_blocks.37.attn.to_q.weight",
-                "transformer_blocks.0.attn.add_q_proj.weight",
-                "pos_embed.proj.weight",
-            )
-        ),
-    ),
-    Known(
-        family="sd3",
-        variant="medium",
-        part="transformer",
-        layout="diffusers",
-        signature=Signature(has=("transformer_blocks.0.attn.add_q_proj.weight", "pos_embed.proj.weight")),
-    ),
     *(
         Known(
             family=None,

@@ -66,7 +66,7 @@ class Opened:
 
 
 def _name(backbone: Found[Any]) -> str:
-    """What its publisher called a backbone: its file's name, or that of the hub model or folder that it is a part of."""
+    """What its publisher called a backbone: its file's name, or that of the model whose folder it is in."""
     parts = [part for part in Path(backbone.weights.source).parts if part not in FOLDERS]
     return parts[-1] if parts else ""
 

@@ -184,8 +184,7 @@ def _without_backbone(opened: Opened) -> LoadError:
 def _rest(family: Family, found: list[Found[Any]]) -> str:
     """What a family's model has beside these parts, and where to get it."""
     names = {role.name for piece in found if (role := family.taking(piece)) is not None}
-    lacking = [role for role in family.roles if role.name not in names]
-    return ", ".join(f"the {role.name} of {family.title} ({role.where})" for role in lacking)
+    return ", ".join(f"the {role.name} of {family.title} ({role.where})" for role in family.lacking(names))
 
 
 def takers_of(found: list[Found[Any]]) -> list[Family]:

@@ -90,22 +90,6 @@ COMING: dict[str, dict[str, Shape]] = {
     "sd2 2.x": {TEXT_1: (320, 1024), "out.2.weight": (4, 320, 3, 3)},
     "sdxl refiner": {"label_emb.0.0.weight": (1536, 2560), TEXT_2: (768, 1280)},
     "sd2 2.x diffusers": {THEIR_TEXT_1: (320, 1024), "conv_out.weight": (4, 320, 3, 3)},
-    "sd3 medium": {"joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536), "x_embedder.proj.weight": (1536, 16, 2, 2)},
-    "sd3 3.5-medium": {
-        "joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536),
-        "joint_blocks.0.x_block.attn2.qkv.weight": (4608, 1536),
-        "x_embedder.proj.weight": (1536, 16, 2, 2),
-    },
-    "sd3 3.5-large": {
-        "joint_blocks.0.x_block.attn.qkv.weight": (7296, 2432),
-        "joint_blocks.37.x_block.attn.qkv.weight": (7296, 2432),
-        "x_embedder.proj.weight": (2432, 16, 2, 2),
-    },
-    "sd3 medium diffusers": {
-        "transformer_blocks.0.attn.add_q_proj.weight": (1536, 1536),
-        "pos_embed.proj.weight": (1536, 16, 2, 2),
-        "time_text_embed.text_embedder.linear_1.weight": (1536, 2048),
-    },
 }
 
 

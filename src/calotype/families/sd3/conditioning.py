@@ -48,8 +48,8 @@ def condition(
     """The states of both CLIPs before layer norm, `clip_skip` from the end (2: the last but one), joined by width.
 
     They are widened to `text_width` by zeros, and followed by T5's for `text_tokens` pieces of the prompt as it stands:
-    emphasis is for the CLIPs. An encoder that is not there gives zeros, as in training, where each was left out of a
-    part of the prompts (Esser et al. 2024, appendix B.3).
+    emphasis is for the CLIPs. An encoder that is not there gives zeros: each was left out of a part of the prompts in
+    training, so that the model can do without (Esser et al. 2024).
     """
     read = [None if t5 is None else t5.encoder(t5.tokenizer(prompt, text_tokens).to(t5.encoder.device))]
     clips = _clips(prompt, clip_l, clip_g, clip_skip)

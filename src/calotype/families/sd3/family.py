@@ -225,7 +225,7 @@ FAMILY = Family(
             parts=(TRANSFORMER,),
             folder="transformer",
             file="sd3-{}.safetensors",
-            where="sd3_medium.safetensors, sd3.5_medium.safetensors or sd3.5_large.safetensors of stabilityai",
+            where="sd3_medium.safetensors, sd3.5_large.safetensors, or transformer/ of a diffusers folder",
         ),
         Role(
             name="clip_l",
@@ -234,7 +234,7 @@ FAMILY = Family(
             tokenizer="tokenizer",
             settings=((CLIP, {"project": True}),),
             fits=lambda config: not _large(config),
-            where="clip_l.safetensors, or the folder text_encoder/ of a diffusers model",
+            where="clip_l.safetensors or text_encoder/",
             optional="prompts count for less: its states are zeros",
         ),
         Role(
@@ -244,7 +244,7 @@ FAMILY = Family(
             tokenizer="tokenizer_2",
             settings=((CLIP, {"project": True}),),
             fits=_large,
-            where="clip_g.safetensors, or the folder text_encoder_2/ of a diffusers model",
+            where="clip_g.safetensors or text_encoder_2/",
             optional="prompts count for less: its states are zeros",
         ),
         Role(
@@ -252,7 +252,7 @@ FAMILY = Family(
             parts=(T5,),
             folder="text_encoder_3",
             tokenizer="tokenizer_3",
-            where="t5xxl_fp16.safetensors, or the folder text_encoder_3/ of a diffusers model",
+            where="t5xxl_fp16.safetensors or text_encoder_3/",
             optional="long prompts and written words are followed less: its states are zeros",
         ),
         Role(
@@ -262,7 +262,7 @@ FAMILY = Family(
             file="vae.safetensors",
             settings=((AUTOENCODER, {"scaling_factor": VAE.scale, "shift_factor": VAE.shift}),),
             fits=lambda config: config.latent_channels == VAE.latent_channels,
-            where="any of these files, which hold it, or the folder vae/ of a diffusers model",
+            where="the same file, or vae/ of a diffusers folder",
         ),
     ),
     variants=DEFAULTS,

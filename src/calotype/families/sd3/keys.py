@@ -106,8 +106,8 @@ def _config(
     places = evidence.size(table, 1)
     if not head or width % head or isqrt(places) ** 2 != places:
         raise DamagedFile(
-            f"{evidence.weights.source}: a width of {width} with heads of {head} channels, or {places} positions, which "
-            "is no square, make no transformer"
+            f"{evidence.weights.source}: heads of {head} channels do not divide a width of {width}, or {places} "
+            "positions are no square"
         )
     evidence.require(caption_projection_dim=width, qk_norm="rms_norm" if norms else None)
     count = evidence.count(blocks)

@@ -40,7 +40,7 @@ class ModulationTable(NamedTuple):
 
 
 class Modulation(nn.Module):
-    """adaLN-zero for every block from one vector: rows of (shift, scale, gate) for attention, MLP, and dual attention."""
+    """adaLN-zero for every block from one vector: (shift, scale, gate) for attention, MLP, and dual attention."""
 
     def __init__(self, config: Sd3Config) -> None:
         super().__init__()

@@ -1,0 +1,119 @@
+"""Tiny random Stable Diffusion 3 pipelines, saved by diffusers: what the parity tests load here and run there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tiny_flux import framed, randomised, word_tokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+LENGTH = 16  # tokens of a CLIP
+CLIP_L, CLIP_G = 32, 832  # widths; by itself the second is known by being the wider one
+TEXT = 880
+POSITIONS = 12  # tokens a side that have a position
+CLIP_MARKS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "</s>"}
+
+
+def transformer(*, norms: bool = False, dual: tuple[int, ...] = (), seed: int = 0) -> SD3Transformer2DModel:
+    made = SD3Transformer2DModel(
+        sample_size=12,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=4,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=TEXT,
+        caption_projection_dim=64,
+        pooled_projection_dim=CLIP_L + CLIP_G,
+        pos_embed_max_size=POSITIONS,
+        dual_attention_layers=dual,
+        qk_norm="rms_norm" if norms else None,
+    )
+    # Text enters through many inputs: wider weights would drown the picture in it.
+    randomised(made, seed, spread=0.1)
+    return made
+
+
+def clip(width: int, heads: int, *, seed: int, act: str) -> CLIPTextModelWithProjection:
+    made = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=32,
+            hidden_size=width,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=heads,
+            max_position_embeddings=LENGTH,
+            hidden_act=act,
+            projection_dim=width,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    randomised(made, seed, spread=2 / width**0.5)
+    return made
+
+
+def t5(*, seed: int = 4) -> T5EncoderModel:
+    made = T5EncoderModel(
+        T5Config(
+            vocab_size=32,
+            d_model=TEXT,
+            d_kv=16,
+            d_ff=96,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    randomised(made, seed, spread=0.08)
+    return made
+
+
+def vae(*, seed: int = 3) -> AutoencoderKL:
+    made = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    )
+    randomised(made, seed)
+    return made
+
+
+def clip_tokenizer(padding: str = "</s>") -> PreTrainedTokenizerFast:
+    return framed(word_tokenizer({**CLIP_MARKS, "pad_token": padding}, LENGTH), "<s> $A </s>")
+
+
+def t5_tokenizer() -> PreTrainedTokenizerFast:
+    marks = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return framed(word_tokenizer(marks, 512), "$A </s>")
+
+
+def build(folder: Path, *, with_t5: bool = True, scheduler: Any | None = None, **more: Any) -> StableDiffusion3Pipeline:
+    """Save a pipeline under `folder` and return it; `more` goes to the transformer."""
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer(**more),
+        text_encoder=clip(CLIP_L, 4, seed=1, act="quick_gelu"),
+        text_encoder_2=clip(CLIP_G, 13, seed=2, act="gelu"),
+        text_encoder_3=t5() if with_t5 else None,
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer("!"),
+        tokenizer_3=t5_tokenizer() if with_t5 else None,
+        vae=vae(),
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
