@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from PIL import Image
-from tiny_sd3 import CLIP_G, CLIP_L, LENGTH, POSITIONS, TEXT, build
+from safetensors.torch import save_file
+from tiny_sd3 import CLIP_G, CLIP_L, LENGTH, POSITIONS, TEXT, VOCABULARY, build, clip
 from torch import Tensor
 
 import calotype
+from calotype.checkpoint.autoencoders import AUTOENCODER
+from calotype.checkpoint.detect import detect
+from calotype.checkpoint.files import Weights
 from calotype.families.sd3 import Sd3Model
+from calotype.families.sd3.keys import TRANSFORMER
 from calotype.request import Request
 
 PROMPT, NEGATIVE = "a red fox on the table, two cats in snow", "blue dog"
@@ -144,10 +150,11 @@ def test_conditioning(pair: Pair) -> None:
 
 def test_encoders(medium: Pair) -> None:
     rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(2, 32, (3, LENGTH), generator=rng)
-    ids[0, 5:] = 1  # an end, then padding with the same piece
-    ids[1, -1] = 1
-    ids[2, 9] = 1
+    end = VOCABULARY - 1
+    ids = torch.randint(0, end, (3, LENGTH), generator=rng)
+    ids[0, 5:] = end  # and padding with the same piece
+    ids[1, -1] = end
+    ids[2, 9] = end
     family = medium.family
     assert family.clip_l is not None
     assert family.clip_g is not None
@@ -212,3 +219,131 @@ def test_half_precision_stays_near(dtype: str, tmp_path: Path) -> None:
     a, b = (pixels(ours_picture(pair, steps=2, cfg_scale=3.0)) for pair in (exact, half))
     assert abs(a - b).mean() < 8
     assert (a != b).any()
+
+
+# ---- original files
+
+PREFIXES = {
+    "transformer": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+    "text_encoder_3": "text_encoders.t5xxl.transformer.",
+}
+LAYOUTS = {"transformer": (TRANSFORMER, "original"), "vae": (AUTOENCODER, "original")}
+PACKED: dict[str, dict[str, tuple[str, ...]]] = {  # files, and the parts that each holds
+    "separate encoders": {
+        "sd3_medium": ("transformer", "vae"),
+        "clip_l": ("text_encoder",),
+        "clip_g": ("text_encoder_2",),
+        "t5xxl_fp16": ("text_encoder_3",),
+    },
+    "with clips": {"sd3_medium_incl_clips": ("transformer", "vae", "text_encoder", "text_encoder_2")},
+    "with clips, t5 apart": {
+        "sd3_medium_incl_clips": ("transformer", "vae", "text_encoder", "text_encoder_2"),
+        "t5xxl_fp16": ("text_encoder_3",),
+    },
+    "everything": {"sd3_medium_incl_clips_t5xxlfp16": tuple(PREFIXES)},
+}
+
+
+class Originals(NamedTuple):
+    """A pipeline whose parts say no more of themselves than original files do, and those parts' tensors."""
+
+    theirs: StableDiffusion3Pipeline
+    folder: Path
+    tensors: dict[str, dict[str, Tensor]]  # by component, without prefix
+
+    def pack(self, folder: Path, packing: str) -> list[Path]:
+        sources = [self.folder / name for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+        for name, parts in PACKED[packing].items():
+            prefixes = {part: PREFIXES[part] if len(parts) > 1 else "" for part in parts}
+            state = {prefixes[part] + key: value for part in parts for key, value in self.tensors[part].items()}
+            save_file(state, folder / f"{name}.safetensors")
+            sources.append(folder / f"{name}.safetensors")
+        return sources
+
+
+def originals(folder: Path, *, projected: bool, **more: object) -> Originals:
+    theirs = build(folder, clip_l=clip(CLIP_L, seed=1, projected=projected), **more)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for component in PREFIXES:
+        model = getattr(theirs, component)
+        state = {key: value.clone() for key, value in model.state_dict().items()}  # T5's words under both names
+        if component in LAYOUTS:
+            part, name = LAYOUTS[component]
+            weights = Weights.of(component, [folder / component / "diffusion_pytorch_model.safetensors"])
+            (found,) = detect(weights, [part], (), dict(model.config)).found
+            config = found.config()
+            _, read = found.bind(config)
+            layout = part.layout(name)
+            assert layout is not None
+            state = {key: value.contiguous() for key, value in part.bind(layout, config)[1].save(read.load(weights))}
+        if component == "text_encoder" and not projected:
+            del state["text_projection.weight"]
+        tensors[component] = state
+    return Originals(theirs, folder, tensors)
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Originals:
+    """Of the form of SD3 medium: without norms, heads of 64; CLIP-L without projection, as published."""
+    return originals(tmp_path_factory.mktemp("bare"), projected=False, head=64)
+
+
+@pytest.fixture(scope="module")
+def normed(tmp_path_factory: pytest.TempPathFactory) -> Originals:
+    """Of the form of SD3.5 medium, and with a projection that CLIP-L's file has."""
+    return originals(tmp_path_factory.mktemp("normed"), projected=True, norms=True, dual=(0, 1))
+
+
+@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize("form", ["bare", "normed"])
+def test_original_files(form: str, packing: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """In every packing; a projection that a file lacks is the identity, one that it has is applied."""
+    packed: Originals = request.getfixturevalue(form)
+    ours = calotype.load(*packed.pack(tmp_path, packing), device="cpu")
+    assert isinstance(ours.family, Sd3Model)
+    assert ours.family.variant == ("medium" if form == "bare" else "3.5-medium")
+    held = {part for parts in PACKED[packing].values() for part in parts}
+    assert set(ours.left_out) == (set() if "text_encoder_3" in held else {"t5"})
+    t5 = packed.theirs.text_encoder_3
+    try:
+        packed.theirs.text_encoder_3 = t5 if "text_encoder_3" in held else None
+        pair = Pair(packed.theirs, ours)
+        theirs = theirs_picture(pair, num_inference_steps=3, guidance_scale=4.0, negative_prompt=NEGATIVE)
+    finally:
+        packed.theirs.text_encoder_3 = t5
+    assert_same_picture(ours_picture(pair, steps=3, cfg_scale=4.0, negative_prompt=NEGATIVE), theirs)
+
+
+@pytest.mark.parametrize("form", ["bare", "normed"])
+def test_original_names_are_those_that_diffusers_converts(form: str, request: pytest.FixtureRequest) -> None:
+    """Its converter, made for Stability AI's files, gives back the tensors that it was."""
+    packed: Originals = request.getfixturevalue(form)
+    converted = convert_sd3_transformer_checkpoint_to_diffusers(dict(packed.tensors["transformer"]))
+    wanted = packed.theirs.transformer.state_dict()
+    assert converted.keys() == wanted.keys()
+    assert all(torch.equal(converted[key], wanted[key]) for key in wanted)
+
+
+def test_t5_in_float8_is_widened(bare: Originals, tmp_path: Path) -> None:
+    """As in sd3_medium_incl_clips_t5xxlfp8: T5's matrices in one byte, all else as it was."""
+    eighths = {
+        key: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
+        for key, value in bare.tensors["text_encoder_3"].items()
+    }
+    sources = bare._replace(tensors={**bare.tensors, "text_encoder_3": eighths}).pack(tmp_path, "everything")
+    exact = bare._replace(
+        tensors={**bare.tensors, "text_encoder_3": {key: value.float() for key, value in eighths.items()}}
+    )
+    (tmp_path / "exact").mkdir()
+    wanted = calotype.load(*exact.pack(tmp_path / "exact", "everything"), dtype="float32")
+    for dtype in ("float32", None):
+        ours = calotype.load(*sources, dtype=dtype)
+        assert isinstance(ours.family, Sd3Model)
+        assert ours.family.t5 is not None
+        assert {p.dtype for p in ours.family.t5.encoder.parameters()} == {torch.float32 if dtype else torch.bfloat16}
+        pictures = (pixels(ours_picture(Pair(bare.theirs, each), steps=2, cfg_scale=1.0)) for each in (ours, wanted))
+        a, b = pictures
+        assert abs(a - b).max() <= 1 if dtype else abs(a - b).mean() < 8

@@ -5,26 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tiny_flux import framed, randomised, word_tokenizer
+from tiny_flux import WORDS, framed, randomised, word_tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 LENGTH = 16  # tokens of a CLIP
 CLIP_L, CLIP_G = 32, 832  # widths; by itself the second is known by being the wider one
 TEXT = 880
 POSITIONS = 12  # tokens a side that have a position
-CLIP_MARKS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "</s>"}
+START, END = "<|startoftext|>", "<|endoftext|>"
+VOCABULARY = 32  # as in the published one, the last two are start and end, and "!" is number 0
 
 
-def transformer(*, norms: bool = False, dual: tuple[int, ...] = (), seed: int = 0) -> SD3Transformer2DModel:
+def transformer(
+    *, norms: bool = False, dual: tuple[int, ...] = (), head: int = 16, seed: int = 0
+) -> SD3Transformer2DModel:
     made = SD3Transformer2DModel(
         sample_size=12,
         patch_size=2,
         in_channels=16,
         out_channels=16,
         num_layers=4,
-        attention_head_dim=16,
-        num_attention_heads=4,
+        attention_head_dim=head,
+        num_attention_heads=64 // head,
         joint_attention_dim=TEXT,
         caption_projection_dim=64,
         pooled_projection_dim=CLIP_L + CLIP_G,
@@ -37,23 +42,26 @@ def transformer(*, norms: bool = False, dual: tuple[int, ...] = (), seed: int = 
     return made
 
 
-def clip(width: int, heads: int, *, seed: int, act: str) -> CLIPTextModelWithProjection:
+def clip(width: int, *, seed: int, act: str = "gelu", projected: bool = True) -> CLIPTextModelWithProjection:
+    """Not `projected`: the projection is the identity, which files may leave out."""
     made = CLIPTextModelWithProjection(
         CLIPTextConfig(
-            vocab_size=32,
+            vocab_size=VOCABULARY,
             hidden_size=width,
             intermediate_size=64,
             num_hidden_layers=3,
-            num_attention_heads=heads,
+            num_attention_heads=max(width // 64, 1),
             max_position_embeddings=LENGTH,
             hidden_act=act,
             projection_dim=width,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
+            bos_token_id=VOCABULARY - 2,
+            eos_token_id=VOCABULARY - 1,
+            pad_token_id=VOCABULARY - 1,
         )
     )
     randomised(made, seed, spread=2 / width**0.5)
+    if not projected:
+        torch.nn.init.eye_(made.text_projection.weight)
     return made
 
 
@@ -92,8 +100,15 @@ def vae(*, seed: int = 3) -> AutoencoderKL:
     return made
 
 
-def clip_tokenizer(padding: str = "</s>") -> PreTrainedTokenizerFast:
-    return framed(word_tokenizer({**CLIP_MARKS, "pad_token": padding}, LENGTH), "<s> $A </s>")
+def clip_tokenizer(padding: str = END) -> PreTrainedTokenizerFast:
+    vocabulary = {word: number for number, word in enumerate(("!", *WORDS))}
+    vocabulary |= {START: VOCABULARY - 2, END: VOCABULARY - 1}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    marks = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": padding}
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=LENGTH, **marks)
+    return framed(fast, f"{START} $A {END}")
 
 
 def t5_tokenizer() -> PreTrainedTokenizerFast:
@@ -101,12 +116,19 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
     return framed(word_tokenizer(marks, 512), "$A </s>")
 
 
-def build(folder: Path, *, with_t5: bool = True, scheduler: Any | None = None, **more: Any) -> StableDiffusion3Pipeline:
+def build(
+    folder: Path,
+    *,
+    with_t5: bool = True,
+    scheduler: Any | None = None,
+    clip_l: CLIPTextModelWithProjection | None = None,
+    **more: Any,
+) -> StableDiffusion3Pipeline:
     """Save a pipeline under `folder` and return it; `more` goes to the transformer."""
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer(**more),
-        text_encoder=clip(CLIP_L, 4, seed=1, act="quick_gelu"),
-        text_encoder_2=clip(CLIP_G, 13, seed=2, act="gelu"),
+        text_encoder=clip_l or clip(CLIP_L, seed=1, act="quick_gelu"),
+        text_encoder_2=clip(CLIP_G, seed=2),
         text_encoder_3=t5() if with_t5 else None,
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer("!"),
