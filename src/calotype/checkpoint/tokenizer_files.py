@@ -122,11 +122,12 @@ def bert_tokenizer(vocab: Path) -> Tokenizer:
         raise DamagedFile(f"{vocab}: {lacking[0]} is not among its {len(ids):,} pieces: no BERT's, or cut short")
     file = vocab.parent / "tokenizer_config.json"
     config = read_json(file) if file.is_file() else {}
+    accents = config.get("strip_accents")
     tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=config.get("tokenize_chinese_chars") is not False,
-        strip_accents=config.get("strip_accents"),  # None: as lowercase
+        strip_accents=accents if isinstance(accents, bool) else None,  # None: as lowercase
         lowercase=config.get("do_lower_case") is not False,
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
