@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from calotype.backends.openvino import OpenVinoUNet
@@ -10,7 +11,8 @@ from calotype.families.unets import UNetModel
 from calotype.generate import Model, Progress
 from calotype.request import Request
 
-TRIAL = Request(prompt="a red fox in the snow, morning light", seed=7, width=256, height=256, steps=3)
+TRIAL = Request(prompt="a red fox in the snow, morning light", seed=7, steps=3)
+SIDE = 32  # latents: 256 pixels in all families that are published
 
 
 def rounding_error(model: Model[Any]) -> float:
@@ -18,8 +20,10 @@ def rounding_error(model: Model[Any]) -> float:
     family = model.family
     assert isinstance(family, UNetModel) and isinstance(family.unet, OpenVinoUNet)
 
+    side = SIDE * family.grain
+
     def trial() -> None:
-        with closing(model.stream(TRIAL)) as events:
+        with closing(model.stream(replace(TRIAL, width=side, height=side))) as events:
             next(event for event in events if isinstance(event, Progress) and event.step == event.steps)
 
     return family.unet.error(trial)
