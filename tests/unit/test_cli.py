@@ -654,6 +654,44 @@ def test_info_of_a_stranger_is_an_answer_too(monkeypatch: pytest.MonkeyPatch, ca
     assert capsys.readouterr().out.splitlines() == ["flux1-dev.safetensors", "  unknown", "  no known model"]
 
 
+SYSTEM = os.system  # pyright: ignore[reportDeprecated]
+
+
+class Payload:
+    """What an attacker's class looks like: unpickled as others do it, it creates a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.command = f"echo > {canary}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return SYSTEM, (self.command,)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_malicious_checkpoint_is_named_and_nothing_of_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Said, zipped: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = {"state_dict": {"a.weight": torch.zeros(2)}, "callbacks": Payload(tmp_path / "canary")}
+    torch.save(content, "evil.ckpt", _use_new_zipfile_serialization=zipped)
+    for words in (
+        ["info", "evil.ckpt"],
+        ["info", "evil.ckpt", "--json"],
+        ["info", "--plan", "evil.ckpt"],
+        ["info", "."],
+        ["convert", "evil.ckpt", "out", "--to", "diffusers"],
+        ["generate", "a fox", "--model", "evil.ckpt"],
+    ):
+        assert main(words) == 1, words
+        said = one_line(capsys)
+        assert f"evil.ckpt: a pickle that asks for '{SYSTEM.__module__}.system'" in said
+        assert "Nothing of it was run" in said
+        assert files() == ["evil.ckpt"]
+    # The file is what it says: others would have run it.
+    torch.load("evil.ckpt", weights_only=False)
+    assert files() == ["canary", "evil.ckpt"]
+
+
 def test_manifests_are_listed_for_programs(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
     listed = [("logit_scale", ()), ("net.bias", (4,)), ("net.weight", (4, 3, 1, 1))]
     monkeypatch.setattr("calotype.loading.manifest", lambda name: listed)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import tiny_checkpoints as tiny
+import tiny_stable as stable
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,6 +44,7 @@ from calotype.families.flux import DEV_DEFAULTS, FluxModel
 from calotype.families.flux.config import DEV
 from calotype.families.flux.family import VAE as FLUX_VAE
 from calotype.families.flux.keys import TRANSFORMER
+from calotype.families.unets import UNetModel
 from calotype.generate import Model
 from calotype.loading import convert, describe, load, manifest
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
@@ -395,6 +398,107 @@ def test_pickles_of_the_same_tensors_make_the_same_model(tmp_path: Path) -> None
         torch.save(saved, files[name].with_suffix(".ckpt"), _use_new_zipfile_serialization=number < 2)
     assert equal(load(tmp_path), wanted)
     assert equal(load(tmp_path, memory="resident"), wanted)
+
+
+class Callback:
+    """Stands for what a trainer leaves in its checkpoints."""
+
+
+@pytest.mark.parametrize(("zipped", "dtype"), [(True, torch.float32), (False, torch.float16)], ids=["zip", "legacy"])
+def test_a_training_checkpoint_makes_the_same_model_as_its_safetensors(
+    tmp_path: Path, zipped: bool, dtype: torch.dtype
+) -> None:
+    state_dict = {**stable.sd1(dtype), "model_ema.decay": torch.tensor(0.9999), "betas": torch.linspace(0, 1, 1000)}
+    tokenizers = stable.tokenizers(tmp_path)
+    safe = tiny.save(tmp_path / "v1.safetensors", state_dict)
+    # Optimizers hold tensors as large as the model's own, and some trainers give them the same names.
+    moments = {key: torch.full_like(tensor, 7) for key, tensor in state_dict.items()}
+    content: dict[str, Any] = {
+        "epoch": 6,
+        "global_step": 470000,
+        "pytorch-lightning_version": "1.4.2",
+        "optimizer": moments,
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(4)}}, "param_groups": [{"params": [0], "lr": 1e-4}]}],
+        "callbacks": {Callback: {"best": torch.tensor(0.1), "self": Callback()}},
+        "lr_schedulers": [{"base_lrs": [1e-4]}],
+        "state_dict": collections.OrderedDict(state_dict),
+    }
+    pickled = tmp_path / "v1.ckpt"
+    torch.save(content, pickled, _use_new_zipfile_serialization=zipped)
+
+    def weights(path: Path, memory: str) -> dict[str, Tensor]:
+        family: Any = load(path, *tokenizers, memory=memory).family
+        assert isinstance(family, UNetModel)
+        parts = {"unet": family.backbone, "vae": family.vae, **{str(i): e for i, e in enumerate(family.encoders)}}
+        return {f"{name}.{key}": tensor for name, net in parts.items() for key, tensor in net.state_dict().items()}
+
+    wanted = weights(safe, "auto")
+    for memory in ("auto", "resident"):
+        found = weights(pickled, memory)
+        assert found.keys() == wanted.keys()
+        assert all(found[key].dtype == wanted[key].dtype for key in wanted)
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    for one, other in zip(describe(pickled).parts, describe(safe).parts, strict=True):
+        assert replace(one, files=()) == replace(other, files=())
+
+
+def as_shards(file: Path, stem: str, content: dict[str, Tensor]) -> None:
+    """In the place of a safetensors file, two pickles and their index, as transformers and diffusers write them."""
+    names = [f"{stem}-{number:05}-of-00002.bin" for number in (1, 2)]
+    weight_map = {key: names[number % 2] for number, key in enumerate(sorted(content))}
+    for name in names:
+        torch.save({key: content[key] for key in content if weight_map[key] == name}, file.with_name(name))
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    tiny.write_json(file.with_name(f"{stem}.bin.index.json"), index)
+    file.unlink()
+
+
+def test_a_folder_of_sharded_pickles_makes_the_same_model(tmp_path: Path) -> None:
+    wanted = load(tiny.pipeline(tmp_path / "safe"))
+    folder = tiny.pipeline(tmp_path / "model")
+    for part, stem in (("transformer", "diffusion_pytorch_model"), ("text_encoder_2", "pytorch_model")):
+        (file,) = (folder / part).glob("*.safetensors")
+        as_shards(file, stem, load_file(file))
+    assert equal(load(folder), wanted)
+    # A folder of transformers by itself too, and one of its shards.
+    parts = [folder / name for name in ("transformer", "text_encoder", "vae", "tokenizer", "tokenizer_2")]
+    for encoder in ("text_encoder_2", "text_encoder_2/pytorch_model-00002-of-00002.bin"):
+        assert equal(load(*parts, folder / encoder), wanted)
+    # What the index lists must be there: a shard of another model would otherwise go unnoticed.
+    for index in folder.rglob("*.bin.index.json"):
+        sound = index.read_text()
+        weight_map = json.loads(sound)["weight_map"]
+        tiny.write_json(index, {"weight_map": {**weight_map, "lost": next(iter(weight_map.values()))}})
+        with pytest.raises(DamagedFile, match=r"in none of its shards, first 'lost'"):
+            load(folder)
+        index.write_text(sound)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_pickle_beside_safetensors_is_not_even_opened(tmp_path: Path, sharded: bool) -> None:
+    wanted = load(tiny.pipeline(tmp_path / "safe"))
+    folder = tiny.pipeline(tmp_path / "model")
+    for part, stem in (("transformer", "diffusion_pytorch_model"), ("text_encoder", "pytorch_model")):
+        (file,) = (folder / part).glob("*.safetensors")
+        torch.save({"a": print}, file.with_name(f"{stem}.bin"))
+        if not sharded:
+            continue
+        content = load_file(file)
+        names = [f"{file.stem}-{number:05}-of-00002.safetensors" for number in (1, 2)]
+        weight_map = {key: names[number % 2] for number, key in enumerate(sorted(content))}
+        for name in names:
+            tiny.save(file.with_name(name), {key: content[key] for key in content if weight_map[key] == name})
+        tiny.write_json(file.with_name(f"{file.name}.index.json"), {"weight_map": weight_map})
+        file.unlink()
+    assert equal(load(folder), wanted)
+    for part in ("transformer", "text_encoder"):
+        assert describe(folder / part).parts
+        for file in (folder / part).glob("*.safetensors*"):
+            file.unlink()
+        with pytest.raises(UnsafeFile, match="print"):  # now nothing stands before it
+            load(folder)
+        (folder / part).rename(tmp_path / f"{part}.done")
+        (tmp_path / "safe" / part).rename(folder / part)
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:

@@ -88,6 +88,31 @@ def test_pickles_are_fetched_only_for_parts_without_safetensors(
     assert fetch_model("org/kolors", FOLDERS) == hub.cache
 
 
+SHARDS = {f"model-0000{number}-of-00002.safetensors": "safe" for number in (1, 2)} | {
+    "model.safetensors.index.json": "{}",
+    "config.json": "{}",
+}
+PICKLES = {
+    "pytorch_model.bin": "not wanted",
+    "pytorch_model-00001-of-00001.bin": "not wanted",
+    "pytorch_model.bin.index.json": "not wanted",
+}
+
+
+def test_no_pickle_is_fetched_where_safetensors_are_whatever_their_form(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for number, safe in enumerate((SHARDS, {"model.safetensors": "safe", "config.json": "{}"})):
+        part = Hub(monkeypatch, tmp_path / f"part {number}", {**PICKLES, **safe})
+        fetch_model("org/part", FOLDERS)
+        assert part.held() == set(safe)
+        index = {"model_index.json": json.dumps({"text_encoder": ["a", "b"]})}
+        within = {f"text_encoder/{name}": content for name, content in {**PICKLES, **safe}.items()}
+        whole = Hub(monkeypatch, tmp_path / f"whole {number}", {**index, **within})
+        fetch_model("org/whole", FOLDERS)
+        assert whole.held() == {*index, *(f"text_encoder/{name}" for name in safe)}
+
+
 def test_a_part_by_itself_may_be_a_pickle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub = Hub(monkeypatch, tmp_path, {"config.json": "{}", "pytorch_model.bin": "x", "flax_model.msgpack": "y"})
     fetch_model("org/part", FOLDERS)
