@@ -120,7 +120,7 @@ def _explained(error: Exception, debug: bool) -> int:
         text = f"{_one_line(usage()).removeprefix('Invalid value: ').rstrip('.')} (see `{command} --help`)"
     elif status is None:
         text = "the error above is a fault of Calotype; please report it with the command that led to it"
-    elif _is_out_of_memory(error):
+    elif _is_out_of_memory(error) and not isinstance(error, CalotypeError):
         text = f"out of memory: {text}; try a smaller --width and --height, or --dtype bfloat16"
     _say(text)
     return 1 if status is None else status

@@ -31,10 +31,11 @@ class Block(nn.Module):
         self.large = nn.Linear(512, 512)
         self.small = nn.LayerNorm(512)
         self.once = nn.Linear(512, 512)
+        self.more = nn.ModuleList(nn.Linear(512, 512) for _ in range(4))
         self.table = nn.Parameter(torch.randn(600, 512))
 
     def only_for_preparing(self) -> tuple[nn.Module, ...]:
-        return (self.once,)
+        return (self.once, *self.more[:2])
 
     def prepare(self, x: Tensor) -> Tensor:
         return self.once(x)
@@ -224,9 +225,10 @@ def test_held_bytes_are_what_is_held() -> None:
     block = Block()
     large = 4 * (512 * 512 + 512)
     rest = 4 * (2 * 512 + 600 * 512)
-    assert held_bytes(block, "resident") == 2 * large + rest
-    assert held_bytes(block, "components") == large + rest + 2 * large  # only_for_preparing passes by
+    assert held_bytes(block, "resident") == 6 * large + rest
+    assert held_bytes(block, "components") == 3 * large + rest + 2 * large  # three pass by, two of them at a time
     assert held_bytes(block, "stream") == rest + 2 * large
+    assert held_bytes(nn.Sequential(block.large), "stream") == large  # never more than there is
     assert max(layer.bytes for layer in layers_of(nn.LayerNorm(8))) <= SMALL
 
 
@@ -315,6 +317,6 @@ def test_an_unknown_rung_is_refused() -> None:
 
 def test_a_layer_has_its_own_weights_alone() -> None:
     layers = list(layers_of(Block()))
-    assert [type(layer.module) for layer in layers] == [Block, nn.Linear, nn.LayerNorm, nn.Linear]
+    assert [type(layer.module) for layer in layers] == [Block, nn.Linear, nn.LayerNorm, *[nn.Linear] * 5]
     assert isinstance(layers[0], Layer)
     assert [weight.name for weight in layers[0].weights] == ["table"]

@@ -1,0 +1,5 @@
+"""`python -m calotype` is the command `calotype`."""
+
+from calotype.cli.main import run
+
+run()
