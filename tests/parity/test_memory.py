@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_flux
 import tiny_hunyuan
+import tiny_sd3
 import tiny_unets
 
 import calotype
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Callable[[Path], object]] = {
     "flux": lambda folder: tiny_flux.build(folder, guidance=True),
     "sd1": tiny_unets.sd1,
     "sdxl": tiny_unets.sdxl,
+    "sd3": lambda folder: tiny_sd3.build(folder, norms=True, dual=(0, 1)),
     "kolors": kolors,
     "hunyuan_dit": lambda folder: tiny_hunyuan.hunyuan(folder, styled=True),
 }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from PIL import Image
 from safetensors.torch import save_file
@@ -19,9 +19,11 @@ import calotype
 from calotype.checkpoint.autoencoders import AUTOENCODER
 from calotype.checkpoint.detect import detect
 from calotype.checkpoint.files import Weights
+from calotype.cli.main import main
 from calotype.families.sd3 import Sd3Model
 from calotype.families.sd3.keys import TRANSFORMER
 from calotype.request import Request
+from calotype.sampling.levels import shifted
 
 PROMPT, NEGATIVE = "a red fox on the table, two cats in snow", "blue dog"
 WIDTH, HEIGHT, TOKENS = 96, 64, 24
@@ -221,6 +223,17 @@ def test_half_precision_stays_near(dtype: str, tmp_path: Path) -> None:
     assert (a != b).any()
 
 
+def test_what_a_model_does_without_is_said(
+    without_t5: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = without_t5.family.source
+    assert without_t5.ours.left_out.keys() == {"t5"}
+    assert calotype.describe(source).note.startswith("runs; without t5 long prompts and written words are followed")
+    words = ["generate", "a fox", "--model", source, "--steps", "1", "--width", "32", "--height", "32"]
+    assert main([*words, "--out", str(tmp_path / "fox.png")]) == 0
+    assert "calotype: note: without t5 long prompts and written words are followed" in capsys.readouterr().err
+
+
 # ---- original files
 
 PREFIXES = {
@@ -347,3 +360,32 @@ def test_t5_in_float8_is_widened(bare: Originals, tmp_path: Path) -> None:
         pictures = (pixels(ours_picture(Pair(bare.theirs, each), steps=2, cfg_scale=1.0)) for each in (ours, wanted))
         a, b = pictures
         assert abs(a - b).max() <= 1 if dtype else abs(a - b).mean() < 8
+
+
+# ---- a start from a picture
+
+
+def test_a_start_from_a_picture(medium: Pair) -> None:
+    """From latents, as the references draw from the autoencoder's spread and we take its middle; steps all taken."""
+    rng = np.random.default_rng(5)
+    small = Image.fromarray(rng.integers(0, 255, (4, 6, 3), dtype=np.uint8))
+    picture = small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+    steps, strength = 4, 0.6
+    least = shifted(1 / 1000, 3.0)
+    with torch.inference_mode():
+        latents = medium.family.encode(calotype.image.to_tensor(picture)[None])
+    pipeline = StableDiffusion3Img2ImgPipeline(**medium.theirs.components)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        PROMPT,
+        image=latents,
+        height=HEIGHT,
+        width=WIDTH,
+        strength=1.0,  # of the times given
+        sigmas=np.linspace(least + (1 - least) * strength, least, steps).tolist(),
+        guidance_scale=3.0,
+        max_sequence_length=TOKENS,
+        generator=torch.Generator().manual_seed(3),
+    ).images[0]
+    ours = ours_picture(medium, steps=steps, cfg_scale=3.0, input_image=picture, denoising_strength=strength)
+    assert_same_picture(ours, theirs)
