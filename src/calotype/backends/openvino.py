@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import openvino as ov
 
 T = TypeVar("T")
-OLDEST = (2025, 0)
+OLDEST = (2025, 2)  # before, a graph that was kept could not be read again
 SAMPLE = 1024  # values
 
 
@@ -295,7 +295,11 @@ class _Restored(_Compiled):
         import openvino as ov
 
         self._blob = blob
-        super().__init__(_core().import_model(ov.Tensor(blob, shared_memory=True), "CPU", settings))
+        try:
+            model = _core().import_model(ov.Tensor(blob, shared_memory=True), "CPU", settings)
+        except TypeError:  # older ones take bytes alone
+            model = _core().import_model(blob.tobytes(), "CPU", settings)
+        super().__init__(model)
 
 
 def _samples(weight: Tensor) -> Iterator[bytes]:

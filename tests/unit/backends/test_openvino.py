@@ -217,7 +217,7 @@ def test_they_stand_where_the_torch_modules_stood() -> None:
 def test_without_openvino_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not openvino.available()
-    with pytest.raises(RequestError, match=r'pip install "calotype\[openvino\]".*2025\.0 or newer') as caught:
+    with pytest.raises(RequestError, match=r'pip install "calotype\[openvino\]".*2025\.2 or newer') as caught:
         accelerate(unet(), autoencoder())
     assert caught.value.field == "backend" and caught.value.value == "openvino"
 
@@ -226,8 +226,8 @@ def test_without_openvino_the_message_says_what_to_install(monkeypatch: pytest.M
 def test_an_old_openvino_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import openvino as installed
 
-    monkeypatch.setattr(installed, "__version__", "2024.6.0-1")
-    with pytest.raises(RequestError, match="openvino 2024.6.0-1 is too old"):
+    monkeypatch.setattr(installed, "__version__", "2025.1.0-1")
+    with pytest.raises(RequestError, match="openvino 2025.1.0-1 is too old"):
         require()
 
 
