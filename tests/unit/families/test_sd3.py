@@ -34,6 +34,7 @@ from calotype.families.sd3.network import PositionTable, Prepared, Sd3Network
 from calotype.generate import Model
 from calotype.loading import describe, load, manifest
 from calotype.nn.autoencoder import Autoencoder, AutoencoderConfig
+from calotype.nn.quantized import Bits, quantize_linears
 from calotype.request import Request
 from calotype.text.clip import ClipEncoder
 from calotype.text.clip_prompts import encode
@@ -308,6 +309,16 @@ def test_a_time_for_each_picture() -> None:
     x = X.expand(2, -1, -1, -1)
     assert (made(x, each, 0)[0] - made(x, both, 0)[0]).abs().max() < 1e-5
     assert (made(x, each, 0)[1] - made(x, both, 1)[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.3)])
+def test_matrices_in_fewer_bits_answer_nearly_the_same(bits: Bits, error: float) -> None:
+    made = network()
+    wanted = made(X, prepared(made), 1)
+    quantize_linears(made, bits, least=256)
+    found = made(X, prepared(made), 1)
+    assert 0 < float((found - wanted).norm() / wanted.norm()) < error
+    assert {role.name for role in FAMILY.roles if role.quantisable} == {"transformer", "t5"}
 
 
 def test_a_picture_takes_the_middle_of_the_positions() -> None:

@@ -179,6 +179,11 @@ class Sd3Network(nn.Module):
         )
         self.out = Linear(d, config.patch**2 * config.channels_out)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, whatever its matrices are stored in."""
+        return self.positions.table.dtype
+
     def only_for_preparing(self) -> tuple[nn.Module, ...]:
         """What no step needs: a third of the weights."""
         return self.positions, self.text_in, self.time_in, self.pooled_in, self.modulation
@@ -189,7 +194,7 @@ class Sd3Network(nn.Module):
         text (b m text_width), pooled (b pooled_width), times (t) in 0..1 for every level that will be asked for (or
         (t b): a time of its own for each picture, as in training), rows and columns of image tokens.
         """
-        dtype = self.text_in.weight.dtype
+        dtype = self.dtype
         if times.ndim == 1:
             times = times[:, None]
         vector = self.time_in(sinusoid(times * TIME_SCALE, TIME_WIDTH).to(dtype)) + self.pooled_in(pooled.to(dtype))
@@ -210,7 +215,7 @@ class Sd3Network(nn.Module):
         def at(rows: Rows) -> Rows:
             return tuple(row[level] for row in rows)
 
-        image = rearrange(self.image_in(x.to(self.image_in.weight.dtype)), "b d h w -> b (h w) d")
+        image = rearrange(self.image_in(x.to(self.dtype)), "b d h w -> b (h w) d")
         image = (image + prepared.positions).expand(len(text), -1, -1)
         for block, image_rows, text_rows in zip(self.blocks, table.image, table.text, strict=True):
             image, text = block(image, text, at(image_rows), at(text_rows))
