@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import re
 import sys
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,14 +35,13 @@ from torch import Tensor
 from transformers import BertTokenizer, T5Tokenizer
 
 import calotype
-from calotype import loading
 from calotype.checkpoint.tokenizer_files import prompt_tokenizer, read_tokenizer, sentencepiece_tokenizer
 from calotype.families.hunyuan_dit import DEFAULTS, HunyuanModel
 from calotype.families.hunyuan_dit.config import HunyuanConfig
 from calotype.families.hunyuan_dit.keys import TRANSFORMER
 from calotype.families.hunyuan_dit.network import THETA, HunyuanNetwork, positions
 from calotype.loading import convert, describe
-from calotype.nn.quantized import fill_quantized
+from calotype.nn import quantized
 from calotype.nn.rope import rope_table
 
 PROMPT, NEGATIVE = "a red fox in the snow", "blue dog"
@@ -488,7 +486,7 @@ def test_lower_rungs_of_memory_draw_the_same_picture(memory: str, tmp_path: Path
 def test_storage_in_fewer_bits(bits: str, error: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transformer's answer and T5's states are off by no more than their matrices, a few layers on."""
     hunyuan(tmp_path, styled=True)
-    monkeypatch.setattr(loading, "fill_quantized", partial(fill_quantized, least=256))
+    monkeypatch.setattr(quantized, "LEAST", 256)
     exact, kept = calotype.load(tmp_path), calotype.load(tmp_path, storage={"transformer": bits, "t5": bits})
     assert set(kept.storage_errors) == {"transformer", "t5"}
     assert all(0 < found < error for found in kept.storage_errors.values())

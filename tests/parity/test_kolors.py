@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from test_unets import assert_near, assert_same
 from tiny_unets import kolors
 
 import calotype
-from calotype import loading
 from calotype.families.kolors import KolorsModel
-from calotype.nn.quantized import fill_quantized
+from calotype.nn import quantized
 
 PROMPT, NEGATIVE = "一只红色的狐狸在雪地里, a red fox in the snow", "模糊, blurry"
 SIZE = {"width": 96, "height": 64}
@@ -65,7 +63,7 @@ def test_storage_in_fewer_bits(
 ) -> None:
     """The encoder's states are off by no more than its matrices, and the model says by how much those are."""
     kolors(tmp_path, tokenizer)
-    monkeypatch.setattr(loading, "fill_quantized", partial(fill_quantized, least=256))
+    monkeypatch.setattr(quantized, "LEAST", 256)
     exact, kept = calotype.load(tmp_path), calotype.load(tmp_path, storage={"chatglm": bits})
     assert 0 < kept.storage_errors["chatglm"] < error
     assert not exact.storage_errors

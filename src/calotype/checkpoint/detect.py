@@ -9,6 +9,7 @@ from typing import Any
 from calotype.checkpoint.files import Entry, Shape, Weights
 from calotype.checkpoint.known import Attachment, Known, attachment, quantised
 from calotype.checkpoint.layouts import Found, Part, Settings, Signature
+from calotype.checkpoint.scaled import with_scales
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Detected:
 
 def detect(weights: Weights, parts: Sequence[Part[Any]], known: Iterable[Known], settings: Settings) -> Detected:
     """Which of these parts the weights hold. Reads names and shapes only."""
-    weights = _with_side(weights)
+    weights = with_scales(_with_side(weights))
     shapes = weights.shapes
     attached = attachment(shapes)
     if attached is not None:

@@ -38,6 +38,10 @@ class Entry(NamedTuple):
 
     With `strides` (in elements) its values do not lie packed in order: they are scattered from `start` on, and
     `stop - start` is only how many bytes they take.
+
+    With a `format` (one of `calotype.nn.formats`) the bytes are its blocks, and with a `scale` the values in them are
+    yet to be multiplied by that tensor's, one number or one a row; `dtype` is then float32, which holds what comes of
+    it.
     """
 
     file: TensorFile
@@ -47,6 +51,13 @@ class Entry(NamedTuple):
     start: int
     stop: int
     strides: Shape | None = None
+    format: str | None = None
+    scale: Entry | None = None
+
+    @property
+    def stored(self) -> str:
+        """How its values lie in the file: the name of a type or format."""
+        return self.format or NAMES[self.dtype]
 
 
 class TensorFile:

@@ -1,6 +1,7 @@
 """Files of tensors: headers read strictly, tensors mapped from disk or read straight into their place.
 
-What a file is shows in its content, not in its name: safetensors here, what torch.save wrote in `pickles`. A header is
+What a file is shows in its content, not in its name: safetensors here, what torch.save wrote in `pickles`, GGUF in
+`gguf`. A header is
 checked whole before anything else happens (its size, the number of tensors, their names, types and places), because a
 checkpoint comes from strangers. Tensors are views of a private mapping: nothing is copied, and a write to one never
 reaches the file.
@@ -28,9 +29,12 @@ from calotype.checkpoint.entries import (
     Shape,
     TensorFile,
 )
+from calotype.checkpoint.gguf import MAGIC, GgufFile
 from calotype.checkpoint.pickles import SUFFIXES as PICKLE_SUFFIXES
 from calotype.checkpoint.pickles import TorchFile, looks_saved_by_torch
-from calotype.errors import DamagedFile, SourceNotFound, UnsupportedModel
+from calotype.errors import DamagedFile, SourceNotFound
+from calotype.nn.formats import FORMATS
+from calotype.nn.packed import Packed, Piece
 
 __all__ = [
     "DTYPES",
@@ -58,8 +62,8 @@ def open_tensors(path: Path) -> TensorFile:
         raise SourceNotFound(f"{path}: no such file")
     with path.open("rb") as file:
         start = file.read(64)
-    if start.startswith(b"GGUF"):
-        raise UnsupportedModel(f"{path}: a GGUF file (quantised weights), not supported yet; take the safetensors file")
+    if start.startswith(MAGIC):
+        return GgufFile(path)
     # The length of a safetensors header may look like the first bytes of something else.
     sound = start[8:9] == b"{"
     other = None if sound else _something_else(path, start)
@@ -241,11 +245,17 @@ class Weights(Mapping[str, Entry]):
         return merged
 
     def mapped(self, key: str) -> Tensor:
-        """The tensor as a view of the file: pages are read when touched. A copy only where its values lie scattered."""
+        """The tensor as a view of the file: pages are read when touched. A copy only where its values lie scattered,
+        or in another format.
+        """
         entry = self._entries[key]
         count = math.prod(entry.shape)
         if count == 0:
             return torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.format is not None:
+            out = torch.empty(entry.shape, dtype=entry.dtype)
+            self.read(key, out)
+            return out
         if entry.strides is not None:
             return self._gathered(entry)
         if entry.start % entry.dtype.itemsize:
@@ -266,6 +276,9 @@ class Weights(Mapping[str, Entry]):
             return
         assert out.is_contiguous()
         first = row * math.prod(entry.shape[1:])
+        if entry.format is not None:
+            _widen(out.view(max(len(out), 1) if out.ndim else 1, -1), entry, row)
+            return
         if entry.strides is not None:
             out.view(-1).copy_(self._gathered(entry).view(-1)[first : first + out.numel()])
             return
@@ -274,6 +287,20 @@ class Weights(Mapping[str, Entry]):
         if target is not out:
             out.copy_(target)
 
+    def piece(self, key: str, row: int, rows: int, *, mapped: bool) -> Piece | None:
+        """Some rows just as the file has them, for a layer that keeps them so; None where that cannot be.
+
+        With `mapped` they are a view of the file, else read.
+        """
+        entry = self._entries[key]
+        if entry.strides is not None or entry.stored not in FORMATS:
+            return None
+        weights = FORMATS[entry.stored].weights
+        columns = math.prod(entry.shape[1:])
+        if row * columns % weights or rows * columns % weights or not rows * columns:
+            return None
+        return _piece(entry, row, rows, mapped=mapped)
+
     def _gathered(self, entry: Entry) -> Tensor:
         """A tensor whose values lie scattered, put in order: a copy."""
         assert entry.strides is not None
@@ -281,6 +308,42 @@ class Weights(Mapping[str, Entry]):
         span = torch.empty(reach, dtype=entry.dtype)
         _fill(span, entry, entry.start)
         return span.as_strided(entry.shape, entry.strides).contiguous()
+
+
+def _piece(entry: Entry, row: int, rows: int, *, mapped: bool) -> Piece:
+    """Some rows of whole blocks."""
+    form = FORMATS[entry.stored]
+    columns = math.prod(entry.shape[1:])
+    start = entry.start + row * columns // form.weights * form.bytes
+    size = rows * columns // form.weights * form.bytes
+    if mapped:
+        values = torch.frombuffer(entry.file.mapping, dtype=torch.uint8, count=size, offset=start)
+    else:
+        values = torch.empty(size, dtype=torch.uint8)
+        _fill(values, entry, start)
+    scale = None
+    if entry.scale is not None:
+        own = torch.empty(math.prod(entry.scale.shape), dtype=entry.scale.dtype)
+        _fill(own, entry.scale, entry.scale.start)
+        scale = (own if len(own) == 1 else own[row : row + rows].clone()).float()
+    return Piece(rows, entry.stored, values, scale)
+
+
+def _widen(out: Tensor, entry: Entry, row: int) -> None:
+    """Fill `out` (rows columns) with what blocks mean, from a row on, reading some of them at a time."""
+    weights = FORMATS[entry.stored].weights
+    height, columns = entry.shape[0] if entry.shape else 1, math.prod(entry.shape[1:])
+    unit = weights // math.gcd(weights, columns)  # as many rows as are whole blocks
+    step = max(unit, CHUNK // columns // unit * unit)
+    for start in range(row - row % unit, row + len(out), step):
+        rows = min(step, height - start)
+        block = Packed((rows, columns), [_piece(entry, start, rows, mapped=False)], torch.float32).widen(0, rows)
+        first = max(row - start, 0)
+        last = min(row + len(out) - start, rows)
+        out[start + first - row : start + last - row] = block[first:last]
+
+
+CHUNK = 2**20  # weights
 
 
 def _fill(target: Tensor, entry: Entry, start: int) -> None:

@@ -30,7 +30,7 @@ VARIANTS = ("*.fp16.*", "*.non_ema.*")
 
 def looks_like_hub_id(source: str) -> bool:
     """Whether a source that is no local path could be a model's name: org/name, and no file."""
-    file = Path(source).suffix.lower() in PICKLE_SUFFIXES | {".safetensors"}
+    file = Path(source).suffix.lower() in PICKLE_SUFFIXES | {".safetensors", ".gguf"}
     return NAME.fullmatch(source) is not None and not source.startswith(".") and not file
 
 

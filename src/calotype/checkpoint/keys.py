@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from calotype.checkpoint.files import Shape, Weights
 from calotype.errors import MissingKeys, UnexpectedKeys, UnsupportedModel, WrongShape
+from calotype.nn.packed import Piece
 
 
 class Span(NamedTuple):
@@ -248,31 +249,60 @@ class Binding:
                 )
         return other
 
-    def load(self, weights: Weights, dtype: torch.dtype | None = None, *, mapped: bool = True) -> dict[str, Tensor]:
-        """Our state dict from their files; `dtype` None keeps what is stored.
+    def load(
+        self,
+        weights: Weights,
+        dtype: torch.dtype | None = None,
+        *,
+        mapped: bool = True,
+        without: Collection[str] = (),
+    ) -> dict[str, Tensor]:
+        """Our state dict from their files, `without` some of ours; `dtype` None keeps what is stored.
 
         With `mapped`, tensors that are stored as they are needed are views of the file. All others are read, piece by
         piece, into their place.
         """
-        return dict(self.tensors(weights, dtype, mapped=mapped))
+        return dict(self.tensors(weights, dtype, mapped=mapped, without=without))
 
     def tensors(
-        self, weights: Weights, dtype: torch.dtype | None = None, *, mapped: bool = True
+        self,
+        weights: Weights,
+        dtype: torch.dtype | None = None,
+        *,
+        mapped: bool = True,
+        without: Collection[str] = (),
     ) -> Iterator[tuple[str, Tensor]]:
         """As `load`, one at a time. The whole layout is checked before the first."""
         names = self.resolve(weights)
-        return ((item.ours, put_together(item, weights, names, dtype, mapped=mapped)) for item in self.bound)
+        wanted = (item for item in self.bound if item.ours not in without)
+        return ((item.ours, put_together(item, weights, names, dtype, mapped=mapped)) for item in wanted)
 
     def places(
-        self, weights: Weights, dtype: torch.dtype | None = None
+        self, weights: Weights, dtype: torch.dtype | None = None, *, without: Collection[str] = ()
     ) -> Iterator[tuple[str, Tensor | Callable[[], Tensor]]]:
         """As `load`, but what is no view of the file is not read yet: it comes as what reads it."""
         names = self.resolve(weights)
-        for item in self.bound:
+        for item in (item for item in self.bound if item.ours not in without):
             if is_view(item, weights, names, dtype):
                 yield item.ours, put_together(item, weights, names, dtype, mapped=True)
             else:
                 yield item.ours, partial(put_together, item, weights, names, dtype, mapped=False)
+
+    def pieces(self, item: Bound, weights: Weights, names: Mapping[str, str], *, mapped: bool) -> list[Piece] | None:
+        """One of ours as the pieces of files that it is made of, from its first row on; None where it is not so made.
+
+        `names` are those that `resolve` gave.
+        """
+        found: list[tuple[int, Piece]] = []
+        for source in item.sources:
+            for span in source.spans:
+                piece = None
+                if not source.transposed and item.shape:
+                    piece = weights.piece(names[source.key], span.theirs, span.height, mapped=mapped)
+                if piece is None:
+                    return None
+                found.append((span.ours, piece))
+        return [piece for _, piece in sorted(found, key=lambda one: one[0])]
 
     def save(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Their tensors from our state dict, one at a time: the inverse of `load`."""
@@ -302,8 +332,9 @@ class Binding:
 def is_view(item: Bound, weights: Weights, names: Mapping[str, str], dtype: torch.dtype | None) -> bool:
     """Whether one of ours lies in the file just as it is wanted."""
     first, *more = item.sources
-    stored = weights[names[first.key]].dtype
-    return not (more or first.transposed) and len(first.spans) == 1 and stored == (dtype or stored)
+    entry = weights[names[first.key]]
+    one = not (more or first.transposed) and len(first.spans) == 1
+    return one and entry.format is None and entry.dtype == (dtype or entry.dtype)
 
 
 def put_together(

@@ -106,7 +106,8 @@ def quantised(keys: Iterable[str]) -> str | None:
     """The name of a quantised storage that is not read here; None for plain tensors."""
     marks = {
         "bitsandbytes": re.compile(r"\.(absmax|quant_map|quant_state\.bitsandbytes__\w+|SCB)$"),
-        "scaled fp8": re.compile(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)$"),
+        # Scales of whole weights were taken to them before.
+        "ComfyUI in blocks (mxfp8, nvfp4, int8)": re.compile(r"\.(comfy_quant|weight_scale(_2)?|scale_weight)$"),
         "nunchaku (SVDQuant)": re.compile(r"\.(wscales|smooth_factor|qweight)$"),
         "torchao or GPTQ": re.compile(r"\.(qzeros|scales_and_zeros)$"),
     }

@@ -151,7 +151,7 @@ def _folder(path: Path, name: str) -> Source:
     if (path / CARD).is_file():
         source.card = read_json(path / CARD)
     if not source.groups and not source.tokenizers and source.scheduler is None:
-        raise SourceNotFound(f"{path}: no file of tensors in this folder (.safetensors, .ckpt, .pt, .pth, .bin)")
+        raise SourceNotFound(f"{path}: no file of tensors in this folder (.safetensors, .gguf, .ckpt, .pt, .pth, .bin)")
     return source
 
 
@@ -168,7 +168,8 @@ def _take(source: Source, folder: Path, name: str, component: str = "") -> None:
         source.tokenizers.append(folder)
         return
     seen: set[Path] = set()
-    for file in sorted(folder.glob("*.safetensors")) or _loose_pickles(folder):
+    sound = sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+    for file in sound or _loose_pickles(folder):
         if file not in seen:
             shards = _shards(file)
             seen.update(shards)

@@ -175,6 +175,45 @@ T5_RULES = {
 }
 
 
+LLAMA_T5_RULES = {
+    "token_embd.*": "tokens.*",
+    "enc.blk.0.attn_rel_b.*": "position_bias.*",
+    "enc.blk.{i}.attn_norm.*": "layers.{i}.attention_norm.*",
+    "enc.blk.{i}.attn_q.*": "layers.{i}.q.*",
+    "enc.blk.{i}.attn_k.*": "layers.{i}.k.*",
+    "enc.blk.{i}.attn_v.*": "layers.{i}.v.*",
+    "enc.blk.{i}.attn_o.*": "layers.{i}.attention_out.*",
+    "enc.blk.{i}.ffn_norm.*": "layers.{i}.mlp_norm.*",
+    "enc.blk.{i}.ffn_gate.*": "layers.{i}.mlp_gate.*",
+    "enc.blk.{i}.ffn_up.*": "layers.{i}.mlp_in.*",
+    "enc.blk.{i}.ffn_down.*": "layers.{i}.mlp_out.*",
+    "enc.output_norm.*": "norm_out.*",
+}
+
+
+def llama_t5_config(evidence: Evidence) -> T5Config:
+    heads = evidence.size("enc.blk.0.attn_rel_b.weight", 1)
+    return T5Config(
+        vocabulary=evidence.size("token_embd.weight"),
+        width=evidence.size("token_embd.weight", 1),
+        layers=evidence.count("enc.blk.{i}."),
+        heads=heads,
+        head_width=evidence.size("enc.blk.0.attn_q.weight") // max(heads, 1),
+        mlp_width=evidence.size("enc.blk.0.ffn_gate.weight"),
+        buckets=evidence.size("enc.blk.0.attn_rel_b.weight"),
+        distance=128,
+    )
+
+
+def llama_t5_table(config: T5Config) -> Table:
+    """llama.cpp's names, which GGUF files of T5 have."""
+    return Table(
+        "t5/llama.cpp",
+        tuple(Same(theirs, ours) for theirs, ours in LLAMA_T5_RULES.items()),
+        extras=(Extra("dec.*"), Extra("output.weight")),
+    )
+
+
 def t5_config(evidence: Evidence) -> T5Config:
     evidence.require(feed_forward_proj="gated-gelu", layer_norm_epsilon=1e-6)
     tokens = "shared.weight" if "shared.weight" in evidence.weights else "encoder.embed_tokens.weight"
@@ -236,6 +275,14 @@ T5 = Part(
             config=t5_config,
             table=t5_table,
             settings=t5_settings,
+        ),
+        Layout(
+            name="llama.cpp",
+            signature=Signature(
+                has=("enc.blk.0.attn_q.weight", "enc.blk.0.ffn_gate.weight", "enc.blk.0.attn_rel_b.weight")
+            ),
+            config=llama_t5_config,
+            table=llama_t5_table,
         ),
     ),
 )

@@ -13,14 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from calotype.backends.openvino import require
 from calotype.checkpoint.embeddings import read_embedding
 from calotype.checkpoint.files import Weights
-from calotype.checkpoint.keys import put_together
 from calotype.errors import LoadError, MissingPart, RequestError
-from calotype.families.family import Assembly, Family
+from calotype.families.family import Assembly
 from calotype.families.unets import UNetModel
 from calotype.generate import Model
 from calotype.loading.convert import convert
@@ -30,18 +29,18 @@ from calotype.loading.manifests import manifest, manifests
 from calotype.loading.refusals import is_embedding, recognised, refuse_damaged, refuse_incomplete
 from calotype.loading.rounding import rounding_error
 from calotype.loading.sharing import PROMPTS, Built, digest_of, fingerprint, shared
+from calotype.loading.storage import FILE, NONE, asked, keep, kinds, lossy, storage_error, stored_dtype
 from calotype.loading.tokenizers import tokenizer_for
 from calotype.memory.ladder import RUNGS, Memory, Rung
 from calotype.memory.layers import Maker
 from calotype.memory.pages import Mapping as MappedFile
 from calotype.memory.plan import choose as choose_rung
-from calotype.nn.quantized import Bits, QuantizedLinear, fill_quantized, relative_error
+from calotype.nn.quantized import fill_stored
 
 __all__ = ["Description", "PartDescription", "convert", "describe", "load", "manifest", "manifests"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MEMORY = ("auto", *RUNGS)
-STORAGES: dict[str, Bits] = {"int8": 8, "int4": 4}
 BACKENDS = ("torch", "openvino")
 Source = str | os.PathLike[str]
 
@@ -52,7 +51,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     memory: str = "auto",
     backend: str = "torch",
-    storage: Mapping[str, str] | None = None,
+    storage: Mapping[str, str] | str | None = None,
 ) -> Model[Any]:
     """The model that files, folders or a hub id hold between them, in any order; the built-in one if none is given.
 
@@ -64,17 +63,20 @@ def load(
              stay in their files until they are needed). Pictures are the same on each
     backend  "torch", or "openvino" (the extra calotype[openvino]): the UNet families' steps and decoder on the CPU,
              faster than torch there and equal to rounding; graphs are compiled when a size is first met
-    storage  "int8" or "int4" for parts by name, as {"chatglm": "int4"}: their matrices are kept in groups of so many
-             bits and widened when used. `Model.storage_errors` holds how far they are from what was read. With
-             "openvino", {"unet": "int8"} has the UNet compute in int8, and its error is how far its answers are from
-             torch's: measured on a small job when the model is first loaded, and remembered
+    storage  how weights are kept, by part: "int8", "int4" (groups that share a scale), "fp8_e4m3", "fp8_e5m2" (a scale
+             a row), as {"transformer": "fp8_e4m3", "t5": "int4"}, or one of them for the backbone and the largest
+             encoder; they are widened when used, whatever the dtype, and `Model.storage_errors` holds how far they are
+             from what was read. Without it, weights that a file has in float8 or in GGUF's blocks stay so, and are
+             widened to the dtype when used; "none" widens them when they are loaded. With "openvino", {"unet": "int8"}
+             has the UNet compute in int8, and its error is how far its answers are from torch's: measured on a small
+             job when the model is first loaded, and remembered
 
     Raises a LoadError that says what came, what was wanted and what to do.
     """
     target = _device(device)
     if memory not in MEMORY:
         raise RequestError("memory", memory, "one of " + ", ".join(MEMORY))
-    asked = _storage(storage or {})
+    wishes = asked(storage)
     if backend not in BACKENDS:
         raise RequestError("backend", backend, "one of " + ", ".join(BACKENDS))
     eight_bits = False
@@ -82,7 +84,7 @@ def load(
         require()
         if target.type != "cpu":
             raise RequestError("device", str(target), "cpu: the backend openvino computes there")
-        eight_bits = _eight_bits(asked)
+        eight_bits = _eight_bits(wishes)
     opened = gather(sources)
     wanted = _dtype(opened.card.get("dtype") if dtype is None else dtype)
     family, chosen, configs = recognised(opened)
@@ -95,15 +97,18 @@ def load(
     except MissingPart:
         refuse_damaged(chosen)  # nobody should look for a tokenizer in vain
         raise
-    stored = _bits(family, asked)
+    stored = kinds(family, chosen, wishes)
+    if backend == "openvino":
+        eight_bits = _eight_bits(stored) or eight_bits
+        stored["unet"] = NONE  # its graphs hold weights of their own
     read_now = memory == "resident"
     built: dict[str, Built] = {}
     known: dict[str, Hashable] = {}  # encoders, by what they are made of
     for role, part in chosen.items():
-        build = partial(_network, part, configs[role], wanted, stored.get(role), read_now)
+        build = partial(_network, part, configs[role], wanted, stored[role], read_now)
         if part.role.tokenizer:
-            known[role] = (_content(part), configs[role], wanted, stored.get(role), str(target), memory)
-        whole = read_now or role in stored  # whatever the rung will be
+            known[role] = (_content(part), configs[role], wanted, stored[role], str(target), memory)
+        whole = read_now or lossy(stored[role])  # whatever the rung will be
         built[role] = shared(known[role], build) if whole and role in known else build()
     networks = {role: one.network for role, one in built.items()}
     rung = choose_rung(networks, target) if memory == "auto" else _rung(memory)
@@ -139,7 +144,8 @@ def load(
         if not isinstance(model, UNetModel):
             raise RequestError("backend", backend, f"torch: OpenVINO runs the UNet families, and not {family.title}")
         model.run_with_openvino(eight_bits=eight_bits)
-    errors = {role: quantised_error(networks[role], chosen[role], configs[role]) for role in stored}
+    lossily = [role for role, kind in stored.items() if lossy(kind) and role in networks]
+    errors = {role: storage_error(networks[role], chosen[role], configs[role]) for role in lossily}
     loaded: Model[Any] = Model(
         model,
         storage_errors=errors,
@@ -151,48 +157,19 @@ def load(
     return loaded
 
 
-def _storage(storage: Mapping[str, str]) -> dict[str, Bits]:
-    for role, kind in storage.items():
-        if kind not in STORAGES:
-            raise RequestError("storage", f"{role}={kind}", "a part with one of " + ", ".join(STORAGES))
-    return {role: STORAGES[kind] for role, kind in storage.items()}
-
-
-def _eight_bits(storage: dict[str, Bits]) -> bool:
+def _eight_bits(wishes: dict[str, str]) -> bool:
     """Whether OpenVINO is asked to compute the UNet in int8, which is then no part that torch stores so."""
-    bits = storage.pop("unet", None)
-    if bits not in (None, 8):
-        raise RequestError("storage", f"unet=int{bits}", "int8 for the UNet with the backend openvino")
-    return bits is not None
-
-
-def _bits(family: Family, storage: dict[str, Bits]) -> dict[str, Bits]:
-    allowed = [role.name for role in family.roles if role.quantisable]
-    for role in storage:
-        if role not in allowed:
-            parts = "one of the parts " + ", ".join(allowed) if allowed else "nothing"
-            raise RequestError("storage", role, f"{parts} for {family.title}")
-    return storage
-
-
-def quantised_error(network: nn.Module, part: Chosen, config: Any) -> float:  # noqa: ANN401
-    """How far quantised matrices are from those in the file, |stored - read| / |read|, over every eighth of them."""
-    _, binding = part.found.bind(config)
-    names = binding.resolve(part.found.weights)
-    read = {item.ours: item for item in binding.bound}
-    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, QuantizedLinear)]
-    errors = [
-        relative_error(layer, put_together(read[f"{name}.weight"], part.found.weights, names, None, mapped=True))
-        for name, layer in layers[::8]
-    ]
-    return sum(errors) / len(errors) if errors else 0.0
+    kind = wishes.pop("unet", NONE)
+    if kind not in ("int8", NONE, FILE):
+        raise RequestError("storage", f"unet={kind}", "int8 for the UNet with the backend openvino")
+    return kind == "int8"
 
 
 def _network(
     part: Chosen,
     config: Any,  # noqa: ANN401
     dtype: torch.dtype | None,
-    bits: Bits | None,
+    kind: str,
     read_now: bool,
 ) -> Built:
     """The part's network in one dtype throughout."""
@@ -202,14 +179,19 @@ def _network(
     if dtype == torch.float16 and part.role.upcast and found.settings.get("force_upcast", True):
         dtype = torch.float32
     makers: dict[str, Maker] = {}
-    if bits is not None:
-        fill_quantized(network, binding.tensors(found.weights, dtype, mapped=False), bits)
-    elif read_now:
-        network.load_state_dict(binding.load(found.weights, dtype, mapped=False), assign=True)
+    fewer = lossy(kind)
+    if fewer is not None:
+        fill_stored(network, binding.tensors(found.weights, dtype, mapped=False), fewer)
+        return Built(network.requires_grad_(False).eval(), makers, _files(found.weights))
+    network.to(dtype)  # on meta: what is read later has its type now
+    kept = keep(network, binding, found.weights, dtype, mapped=not read_now) if kind == FILE else frozenset[str]()
+    if read_now:
+        # All of it: the binding sees to that.
+        state = binding.load(found.weights, dtype, mapped=False, without=kept)
+        network.load_state_dict(state, strict=False, assign=True)
     else:
-        network.to(dtype)  # on meta: what is read later has its type now
         views: dict[str, Tensor] = {}
-        for name, value in binding.places(found.weights, dtype):
+        for name, value in binding.places(found.weights, dtype, without=kept):
             if isinstance(value, Tensor):
                 views[name] = value
             else:
@@ -252,16 +234,6 @@ def _embeddings(opened: Opened) -> dict[str, dict[int, Tensor]]:
             raise LoadError(f"two embeddings are called {keyword!r}; rename one of the files")
         found[keyword] = read_embedding(item.group.weights)
     return found
-
-
-def stored_dtype(weights: Weights) -> torch.dtype:
-    """The floating type that most of a part is stored in; float8 is storage only, and computes as bfloat16."""
-    held: dict[torch.dtype, int] = {}
-    for entry in weights.values():
-        if entry.dtype.is_floating_point:
-            held[entry.dtype] = held.get(entry.dtype, 0) + entry.stop - entry.start
-    most = max(held, key=lambda dtype: held[dtype], default=torch.float32)
-    return torch.bfloat16 if most.itemsize == 1 else most
 
 
 def _device(device: str | torch.device | None) -> torch.device:

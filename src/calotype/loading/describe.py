@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from calotype.checkpoint.files import NAMES, Weights
+from calotype.checkpoint.files import Entry, Weights
 from calotype.checkpoint.known import Known
 from calotype.checkpoint.layouts import Found
 from calotype.errors import LoadError, MissingKeys, UnexpectedKeys, UnsupportedModel
@@ -23,7 +24,7 @@ class PartDescription:
 
     name: str
     layout: str
-    dtypes: dict[str, int]  # safetensors' names of types -> number of tensors
+    dtypes: dict[str, int]  # safetensors' and ggml's names of types -> number of tensors
     tensors: int
     parameters: int
     bytes: int
@@ -222,13 +223,18 @@ def _part(name: str, layout: str, weights: Weights, prefix: str) -> PartDescript
     return PartDescription(
         name=name,
         layout=layout,
-        dtypes=dict(Counter(NAMES[entry.dtype] for entry in weights.values()).most_common()),
+        dtypes=dict(Counter(_type(entry) for entry in weights.values()).most_common()),
         tensors=len(weights),
-        parameters=sum((entry.stop - entry.start) // entry.dtype.itemsize for entry in weights.values()),
+        parameters=sum(math.prod(entry.shape) for entry in weights.values()),
         bytes=sum(entry.stop - entry.start for entry in weights.values()),
         files=tuple(str(path) for path in weights.files),
         prefix=prefix,
     )
+
+
+def _type(entry: Entry) -> str:
+    """F8_E4M3 scaled"""
+    return entry.stored + (" scaled" if entry.scale is not None else "")
 
 
 def _layout(opened: Opened, layout: str) -> str:

@@ -40,9 +40,10 @@ def fingerprint(weights: Weights, names: Mapping[str, str]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for key, name in sorted(names.items()):
         entry = weights[name]
-        digest.update(f"{key} {entry.dtype} {entry.shape} {entry.strides}\n".encode())
-        for sample in _samples(entry):
-            digest.update(sample)
+        digest.update(f"{key} {entry.stored} {entry.shape} {entry.strides}\n".encode())
+        for part in (entry,) if entry.scale is None else (entry, entry.scale):
+            for sample in _samples(part):
+                digest.update(sample)
     return digest.hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -9,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROWS = 64  # from here on a product costs more than widening the weights for it
+BLOCK = 1024  # rows of weights that are in float32 at a time
+
+Rows = Callable[[int, int, torch.dtype], Tensor]
+"""Some rows of a weight, from the one to the other, in a dtype."""
 
 
 @cache
@@ -30,6 +35,23 @@ def widened(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and not native(x.dtype)
 
 
+def product(x: Tensor, rows: Rows, count: int, dtype: torch.dtype, bias: Tensor | None, block: int = BLOCK) -> Tensor:
+    """x (... in) times the transpose of a weight (count in) of this dtype, and the bias: (... count) like `x`.
+
+    Where it is taken in float32 and `x` or the weight is not, `block` rows of weights are widened at a time on a CPU.
+    """
+    if x.dtype == dtype and (not widened(x) or x.numel() < ROWS * x.shape[-1]):
+        return F.linear(x, rows(0, count, dtype), bias)
+    y = x.float()
+    step = block if x.device.type == "cpu" else count
+    pieces: list[Tensor] = []
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        part = None if bias is None else bias[start:stop].float()
+        pieces.append(F.linear(y, rows(start, stop, torch.float32), part).to(x.dtype))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
 class Linear(nn.Linear):
     """torch's linear layer; on a CPU without half-precision arithmetic, large products are taken in float32.
 
@@ -37,9 +59,15 @@ class Linear(nn.Linear):
     float32 is answered in float32, whatever the weights are stored in.
     """
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; a layer that keeps its weight in fewer bits has this too."""
+        return self.weight.dtype
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
-        weight = self.weight
-        if input.dtype == weight.dtype and (not widened(weight) or input.numel() < ROWS * input.shape[-1]):
-            return F.linear(input, weight, self.bias)
-        bias = None if self.bias is None else self.bias.float()  # pyright: ignore[reportUnnecessaryComparison]
-        return F.linear(input.float(), weight.float(), bias).to(input.dtype)
+        # A gradient of rows would be as large as that of all.
+        block = self.out_features if self.weight.requires_grad else BLOCK
+        return product(input, self._rows, self.out_features, self.dtype, self.bias, block)
+
+    def _rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        return (self.weight if stop - start == self.out_features else self.weight[start:stop]).to(dtype)

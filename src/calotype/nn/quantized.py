@@ -1,6 +1,5 @@
-"""Linear layers stored in eight or four bits a weight, widened block by block when they are used.
+"""Weights stored in eight or four bits each, in groups.
 
-Only storage is quantised: products are taken in the dtype of what comes in, activations are never rounded to integers.
 Each row of a weight is cut into groups of neighbours that share a scale:
 
     8 bits   w ~ scale * q            q in -127 .. 127, groups of 64: 8.25 bits a weight
@@ -15,47 +14,79 @@ freedom) 9.4 %, against 11.6 % and 11.8 %. Scales are bfloat16, and q is chosen 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calotype.nn.linear import widened
+from calotype.nn.packed import PackedConv2d, PackedLinear, in_float8
+from calotype.nn.stored import ROWS, Stored, StoredConv2d, StoredLinear
 
 Bits = Literal[4, 8]
+Kind = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
+"""How a weight may be kept that came in more bits."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+BITS: dict[Kind, Bits] = {"int8": 8, "int4": 4}
+FLOATS: dict[Kind, str] = {"fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
 GROUP: dict[Bits, int] = {4: 32, 8: 64}
 COLUMNS = 64
-ROWS = 256  # widened at a time: some megabytes, which stay in a CPU's cache
-ROWS_ELSEWHERE = 2048  # on an accelerator, where starting a product costs more
 LEAST = 2**20  # parameters of a layer that is worth it
 
 
-class QuantizedLinear(nn.Module):
+class Quantized(Stored):
+    """A weight in groups."""
+
+    values: Tensor  # r p int8, or r p/2 uint8: of each row the first half in the low four bits, the second in the high
+    scale: Tensor  # r g bfloat16, whatever dtype the module is cast to
+    lowest: Tensor | None  # r g bfloat16, likewise; None for 8 bits
+    kept = ("scale", "lowest")
+
+    def __init__(self, shape: Sequence[int], bits: Bits, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.bits: Bits = bits
+        self.dtype = dtype
+        columns = -(-self.columns // COLUMNS) * COLUMNS
+        groups = shape[0], columns // GROUP[bits]
+        if bits == 8:
+            self.register_buffer("values", torch.empty(shape[0], columns, dtype=torch.int8))
+        else:
+            self.register_buffer("values", torch.empty(shape[0], columns // 2, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(groups, dtype=torch.bfloat16))
+        self.register_buffer("lowest", torch.empty(groups, dtype=torch.bfloat16) if bits == 4 else None)
+
+    def fill(self, weight: Tensor) -> None:
+        """Take the values of a weight, some rows at a time."""
+        self.to_empty(device=weight.device)
+        for start in range(0, len(weight), ROWS):
+            block = weight.detach()[start : start + ROWS].flatten(1).float()
+            block = F.pad(block, (0, -self.columns % COLUMNS))
+            parts = self._stored(slice(start, start + len(block)))
+            for place, part in zip(parts, _packed(block, self.bits), strict=True):
+                place.copy_(part)
+
+    def widen(self, start: int, stop: int) -> Tensor:
+        return _unpacked(*self._stored(slice(start, stop)))[:, : self.columns]
+
+    def _stored(self, rows: slice) -> tuple[Tensor, ...]:
+        parts = (self.values, self.scale, self.lowest)
+        return tuple(part[rows] for part in parts if part is not None)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, bits={self.bits}"
+
+
+class QuantizedLinear(Quantized, StoredLinear):
     """A linear layer with a quantised weight: (... in) -> (... out), in the dtype of its input.
 
     On a CPU without half-precision arithmetic, products of half precision are taken in float32, and rounded once.
     """
 
-    values: Tensor  # r p int8, or r p/2 uint8: of each row the first half in the low four bits, the second in the high
-    scale: Tensor  # r g bfloat16, whatever dtype the module is cast to
-    lowest: Tensor | None  # r g bfloat16, likewise; None for 8 bits
-    bias: nn.Parameter | None
-
     def __init__(self, in_features: int, out_features: int, bits: Bits, *, bias: bool) -> None:
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-        self.bits: Bits = bits
-        columns = -(-in_features // COLUMNS) * COLUMNS
-        groups = out_features, columns // GROUP[bits]
-        if bits == 8:
-            self.register_buffer("values", torch.empty(out_features, columns, dtype=torch.int8))
-        else:
-            self.register_buffer("values", torch.empty(out_features, columns // 2, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(groups, dtype=torch.bfloat16))
-        self.register_buffer("lowest", torch.empty(groups, dtype=torch.bfloat16) if bits == 4 else None)
+        super().__init__((out_features, in_features), bits, torch.get_default_dtype())
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     @classmethod
@@ -63,45 +94,28 @@ class QuantizedLinear(nn.Module):
         """The layer of a weight (out in), which is read some rows at a time and not kept; the bias is kept as it is."""
         with torch.device("meta"):
             made = cls(weight.shape[1], weight.shape[0], bits, bias=False)
-        made.to_empty(device=weight.device)
-        for start in range(0, made.out_features, ROWS):
-            block = weight.detach()[start : start + ROWS].float()
-            block = F.pad(block, (0, -made.in_features % COLUMNS))
-            parts = made._stored(slice(start, start + len(block)))
-            for place, part in zip(parts, _packed(block, bits), strict=True):
-                place.copy_(part)
+        made.fill(weight)
+        made.dtype = weight.dtype
         made.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         return made
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.float32 if widened(x) else x.dtype
-        y = x.to(dtype)
-        rows = ROWS if x.device.type == "cpu" else ROWS_ELSEWHERE
-        out = torch.cat([F.linear(y, block.to(dtype)) for block in self.blocks(rows)], dim=-1)
-        if self.bias is not None:
-            out = out + self.bias.to(dtype)
-        return out.to(x.dtype)
 
-    def blocks(self, rows: int = ROWS) -> Iterator[Tensor]:
-        """The weight as it is used, float32, so many rows at a time."""
-        for start in range(0, self.out_features, rows):
-            yield _unpacked(*self._stored(slice(start, start + rows)))[:, : self.in_features]
+class QuantizedConv2d(Quantized, StoredConv2d):
+    """A convolution with a quantised weight, each output's in a row."""
 
-    def _stored(self, rows: slice) -> tuple[Tensor, ...]:
-        parts = (self.values, self.scale, self.lowest)
-        return tuple(part[rows] for part in parts if part is not None)
+    def __init__(self, shape: Sequence[int], bits: Bits, dtype: torch.dtype, how: dict[str, Any]) -> None:
+        super().__init__(shape, bits, dtype)
+        self.how = how
+        self.bias = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Moves and casts go through here: scales move, but stay what the weights were quantised for."""
-        scale, lowest = self.scale, self.lowest
-        super()._apply(fn, recurse)
-        if self.scale.dtype != scale.dtype:
-            self.scale = scale.to(self.values.device)
-            self.lowest = None if lowest is None else lowest.to(self.values.device)
-        return self
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+    @classmethod
+    def of(cls, given: nn.Conv2d, weight: Tensor, bits: Bits) -> QuantizedConv2d:
+        """The layer of a convolution, its weight elsewhere."""
+        with torch.device("meta"):
+            made = cls(tuple(weight.shape), bits, weight.dtype, StoredConv2d.settings(given))
+        made.fill(weight)
+        made.bias = given.bias
+        return made
 
 
 def _packed(rows: Tensor, bits: Bits) -> tuple[Tensor, ...]:
@@ -140,50 +154,67 @@ def quantize(linear: nn.Linear, bits: Bits) -> QuantizedLinear:
     return QuantizedLinear.from_weight(linear.weight, linear.bias, bits)
 
 
+def stored(module: nn.Linear | nn.Conv2d, weight: Tensor, kind: Kind) -> Stored:
+    """The layer that does what a module does, with this weight in fewer bits; the bias is the module's."""
+    if kind in FLOATS:
+        piece = in_float8(weight, FLOATS[kind])
+        if isinstance(module, nn.Linear):
+            return PackedLinear(weight.shape, [piece], weight.dtype, module.bias)
+        how = StoredConv2d.settings(module)
+        return PackedConv2d(weight.shape, [piece], weight.dtype, module.bias, how)
+    if isinstance(module, nn.Linear):
+        made = QuantizedLinear.from_weight(weight, None, BITS[kind])
+        made.bias = module.bias
+        return made
+    return QuantizedConv2d.of(module, weight, BITS[kind])
+
+
 def quantize_linears(module: nn.Module, bits: Bits, *, least: int = LEAST) -> None:
     """Replace every linear layer inside a module with `least` or more weights; each is let go before the next."""
-    names = [name for name, inner in module.named_modules() if _worth_it(inner, least) and name]
-    for name in names:
+    names = [name for name, inner in module.named_modules() if isinstance(inner, nn.Linear) and _large(inner, least)]
+    for name in filter(None, names):
         linear = module.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        _replace(module, name, quantize(linear, bits))
+        replace(module, name, quantize(linear, bits))
 
 
-def fill_quantized(
-    network: nn.Module, tensors: Iterable[tuple[str, Tensor]], bits: Bits, *, least: int = LEAST
+def fill_stored(
+    network: nn.Module, tensors: Iterable[tuple[str, Tensor]], kind: Kind, *, least: int | None = None
 ) -> None:
-    """Give a network that was built on meta its tensors by name, quantising big linear layers as they come.
+    """Give a network that was built on meta its tensors by name, big layers in fewer bits as they come.
 
-    For loading: tensors are taken one by one, and one that was quantised is let go before the next. Names and shapes
-    are the network's; other ones raise RuntimeError or AttributeError.
+    For loading: tensors are taken one by one, and one that was stored so is let go before the next. Layers with fewer
+    than `least` weights (LEAST) stay as they are. Names and shapes are the network's; other ones raise RuntimeError or
+    AttributeError.
     """
+    enough = LEAST if least is None else least
     for name, tensor in tensors:
         place, _, leaf = name.rpartition(".")
         owner = network.get_submodule(place)
-        if leaf == "weight" and _worth_it(owner, least):
-            assert isinstance(owner, nn.Linear)
+        if leaf == "weight" and isinstance(owner, (nn.Linear, nn.Conv2d)) and _large(owner, enough):
             if tensor.shape != owner.weight.shape:
                 raise RuntimeError(f"{name} is {tuple(tensor.shape)}, not {tuple(owner.weight.shape)}")
-            _replace(network, place, QuantizedLinear.from_weight(tensor, owner.bias, bits))
+            replace(network, place, stored(owner, tensor, kind))
         elif owner.load_state_dict({leaf: tensor}, strict=False, assign=True).unexpected_keys:
             raise RuntimeError(f"{name} is not in the network")
         del tensor  # before the next one is made
 
 
-def _worth_it(module: nn.Module, least: int) -> bool:
-    return isinstance(module, nn.Linear) and module.weight.numel() >= least
+def _large(module: nn.Linear | nn.Conv2d, least: int) -> bool:
+    return module.weight.numel() >= least
 
 
-def _replace(network: nn.Module, name: str, module: nn.Module) -> None:
+def replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in the place of that name."""
     place, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(place), leaf, module)
 
 
-def relative_error(quantized: QuantizedLinear, weight: Tensor) -> float:
+def relative_error(layer: Stored, weight: Tensor) -> float:
     """How far the stored weight is from the one that it was made of: |stored - weight| / |weight|, Frobenius."""
     lost = total = 0.0
-    for start, block in zip(range(0, len(weight), ROWS), quantized.blocks(ROWS), strict=True):
-        wanted = weight[start : start + ROWS].float()
+    for start, block in zip(range(0, len(weight), ROWS), layer.blocks(ROWS), strict=True):
+        wanted = weight[start : start + ROWS].flatten(1).float()
         lost += float((block - wanted).double().square().sum())
         total += float(wanted.double().square().sum())
     return (lost / total) ** 0.5 if total else 0.0

@@ -242,7 +242,7 @@ class UNet(nn.Module):
         pooled text and sizes, exactly where the network has that input; times (t) in training steps for every level
         that will be asked for (or (t b): a time of its own for each picture, as in training).
         """
-        dtype = self.conv_in.weight.dtype
+        dtype = self.conv_in.dtype
         if times.ndim == 1:
             times = times[:, None]
         time = self.time_in(sinusoid(times, self.config.widths[0]).to(dtype))
@@ -265,7 +265,7 @@ class UNet(nn.Module):
         Where those were prepared for more rows than x has, x has one, and each of them gets its answer.
         """
         shift, keys = iter(shifts), iter(text)
-        x = self.conv_in(x.to(self.conv_in.weight.dtype))
+        x = self.conv_in(x.to(self.conv_in.dtype))
         skipped = [x]
         for level in self.down:
             assert isinstance(level, DownLevel)

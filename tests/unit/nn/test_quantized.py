@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from calotype.nn import linear, quantized
 from calotype.nn.quantized import (
     Bits,
+    Kind,
     QuantizedLinear,
-    fill_quantized,
+    fill_stored,
     quantize,
     quantize_linears,
     relative_error,
@@ -24,6 +25,7 @@ from calotype.nn.quantized import (
 from calotype.text.chatglm import ChatGlmEncoder
 
 BOTH = pytest.mark.parametrize("bits", [4, 8])
+KIND: dict[Bits, Kind] = {4: "int4", 8: "int8"}
 LIMIT = {4: 0.08, 8: 0.0062}  # on normal weights
 
 
@@ -246,7 +248,7 @@ def test_filling_is_loading_and_quantising(bits: Bits, backwards: bool) -> None:
     with torch.device("meta"):
         empty = network()
     items = list(state.items())
-    fill_quantized(empty, reversed(items) if backwards else items, bits, least=64 * 64)
+    fill_stored(empty, reversed(items) if backwards else items, KIND[bits], least=64 * 64)
     quantize_linears(given, bits, least=64 * 64)
     wanted, made = given.state_dict(), empty.state_dict()
     assert wanted.keys() == made.keys()
@@ -270,7 +272,7 @@ def test_filling_keeps_no_tensor_that_was_quantised() -> None:
         given.append(weakref.ref(tensor))
         return tensor
 
-    fill_quantized(empty, tensors(), 4, least=1)
+    fill_stored(empty, tensors(), "int4", least=1)
     assert alive == [0, 0, 0, 0]
 
 
@@ -279,7 +281,7 @@ def test_filling_refuses_what_does_not_fit() -> None:
         with torch.device("meta"):
             empty = network()
         with pytest.raises((RuntimeError, AttributeError)):
-            fill_quantized(empty, [(name, torch.zeros(shape))], 8, least=1)
+            fill_stored(empty, [(name, torch.zeros(shape))], "int8", least=1)
 
 
 @BOTH

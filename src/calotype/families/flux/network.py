@@ -178,7 +178,7 @@ class FluxNetwork(nn.Module):
         (t b): a time of its own for each picture, as in training), rows and columns of image tokens.
         `guidance` is given exactly where the network has that input.
         """
-        dtype = self.text_in.weight.dtype
+        dtype = self.text_in.dtype
         if times.ndim == 1:
             times = times[:, None]
         vector = self.time_in(sinusoid(times * TIME_SCALE, TIME_WIDTH).to(dtype))
@@ -200,7 +200,7 @@ class FluxNetwork(nn.Module):
         def at(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(row[level] for row in rows)
 
-        image = self.image_in(image.to(self.image_in.weight.dtype))
+        image = self.image_in(image.to(self.image_in.dtype))
         text = prepared.text
         for block, image_rows, text_rows in zip(self.joint, table.joint_image, table.joint_text, strict=True):
             image, text = block(image, text, prepared.rope, at(image_rows), at(text_rows))

@@ -237,7 +237,7 @@ class HunyuanNetwork(nn.Module):
         Where more rows were prepared than x has, x has one, and each of them gets its answer.
         """
         rows = x.shape[2] // self.config.patch
-        x = rearrange(self.image_in(x.to(self.image_in.weight.dtype)), "b d h w -> b (h w) d")
+        x = rearrange(self.image_in(x.to(self.image_in.dtype)), "b d h w -> b (h w) d")
         x = x.expand(len(prepared.text[0][0]), -1, -1)
         left: list[Tensor] = []
         for number, (block, shift, (k, v)) in enumerate(zip(self.blocks, prepared.shifts, prepared.text, strict=True)):
