@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -389,3 +390,34 @@ def test_a_start_from_a_picture(medium: Pair) -> None:
     ).images[0]
     ours = ours_picture(medium, steps=steps, cfg_scale=3.0, input_image=picture, denoising_strength=strength)
     assert_same_picture(ours, theirs)
+
+
+# ---- conversion
+
+
+def test_there_and_back(medium_3_5: Pair, tmp_path: Path) -> None:
+    calotype.loading.convert(medium_3_5.family.source, tmp_path / "original", "original")
+    calotype.loading.convert(tmp_path / "original", tmp_path / "folder", "diffusers")
+    wanted = pixels(ours_picture(medium_3_5, steps=2))
+    for folder in ("original", "folder"):
+        converted = Pair(medium_3_5.theirs, calotype.load(tmp_path / folder))
+        assert np.array_equal(pixels(ours_picture(converted, steps=2)), wanted)
+    again = StableDiffusion3Pipeline.from_pretrained(tmp_path / "folder")
+    again.set_progress_bar_config(disable=True)
+    theirs = (theirs_picture(Pair(each, medium_3_5.ours), num_inference_steps=2) for each in (again, medium_3_5.theirs))
+    assert next(theirs) == next(theirs)
+
+
+def test_a_single_file_becomes_a_folder_for_diffusers(bare: Originals, tmp_path: Path) -> None:
+    """With the projection that CLIP-L's file leaves out, and without T5."""
+    *tokenizers, file = bare.pack(tmp_path, "with clips")
+    for folder in tokenizers:
+        shutil.copytree(folder, tmp_path / "model" / folder.name)
+    file.rename(tmp_path / "model" / file.name)
+    calotype.loading.convert(tmp_path / "model", tmp_path / "folder", "diffusers")
+    # The index says that these are not there; diffusers wants to hear it again.
+    theirs = StableDiffusion3Pipeline.from_pretrained(tmp_path / "folder", text_encoder_3=None, tokenizer_3=None)
+    theirs.set_progress_bar_config(disable=True)
+    pair = Pair(theirs, calotype.load(tmp_path / "folder"))
+    reference = theirs_picture(pair, num_inference_steps=2, guidance_scale=1.0)
+    assert_same_picture(ours_picture(pair, steps=2, cfg_scale=1.0), reference)

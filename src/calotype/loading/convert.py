@@ -6,15 +6,18 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from calotype.checkpoint.keys import put_together
 from calotype.checkpoint.layouts import Found, Layout
 from calotype.checkpoint.sources import CARD, INDEX, SCHEDULER, TOKENIZER_FILES
+from calotype.checkpoint.text_encoders import CLIP
 from calotype.checkpoint.writing import Planned, write
 from calotype.errors import NotAModel, OutputError, RequestError, UnknownModel, UnsupportedModel
 from calotype.families import FAMILIES
@@ -30,7 +33,7 @@ def convert(source: str | os.PathLike[str], out: str | os.PathLike[str], layout:
 
     `layout` is "original" (the authors' own files) or "diffusers" (a folder a part, with its config.json). One part
     becomes a file (original, where `out` ends in .safetensors) or a folder; several become a folder. Tensors are copied
-    one at a time, and no bit of them changes.
+    one at a time, and no bit of them changes; a projection that a file leaves out for being the identity is written.
 
     Raises a LoadError for what cannot be read, OutputError where `out` is taken or cannot be written.
     """
@@ -101,13 +104,26 @@ def _as_folder(part: Chosen, folder: Path, unknown: frozenset[str]) -> list[Path
     known = (part.found.part.styled("diffusers"), part.found.layout, *part.found.part.layouts)
     layout = next(layout for layout in known if layout is not None and layout.settings is not None)
     assert layout.settings is not None
-    settings = _known(layout.settings(part.config), unknown)
+    config, projection = _projected(part)
+    settings = _known(layout.settings(config), unknown)
     weights = folder / ("diffusion_pytorch_model.safetensors" if "_class_name" in settings else "model.safetensors")
     metadata = {key: value for key, value in part.found.weights.metadata.items() if key != "config"}
-    _write(part, layout, weights, {**metadata, "format": "pt"})
-    config = folder / "config.json"
-    _write_json(config, {**settings, **part.found.settings})
-    return [weights, config]
+    _write(part, layout, weights, {**metadata, "format": "pt"}, more=projection)
+    _write_json(folder / "config.json", {**settings, **part.found.settings})
+    return [weights, folder / "config.json"]
+
+
+def _projected(part: Chosen) -> tuple[Any, dict[str, Tensor]]:
+    """A part's configuration, and the projection that other programs ask of its folder though its file has none.
+
+    That is the identity, for the first CLIP of Stable Diffusion 3.
+    """
+    config = part.config
+    if part.found.part is not CLIP or config.projection or not part.role.settings_of(CLIP).get("project"):
+        return config, {}
+    dtype = next(iter(part.found.weights.values())).dtype
+    identity = torch.eye(config.width).to(dtype)
+    return replace(config, projection=config.width), {"text_projection.weight": identity}
 
 
 def _known(settings: dict[str, Any], unknown: frozenset[str]) -> dict[str, Any]:
@@ -135,12 +151,24 @@ def _as_file(part: Chosen, style: str, path: Path, named: bool, unknown: frozens
     return paths
 
 
-def _write(part: Chosen, layout: Layout[Any], path: Path, metadata: Mapping[str, str], only: str = "") -> None:
-    """One file in the layout, each tensor made when its turn comes. `only` keeps one half and takes its name off."""
-    found = part.found
+def _write(
+    part: Chosen,
+    layout: Layout[Any],
+    path: Path,
+    metadata: Mapping[str, str],
+    *,
+    only: str = "",
+    more: Mapping[str, Tensor] | None = None,
+) -> None:
+    """One file in the layout, each tensor made when its turn comes.
+
+    `only` keeps one half and takes its name off; `more` are tensors beside those of the part.
+    """
+    found, more = part.found, more or {}
+    beside = [Planned(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in more.items()]
     if layout is found.layout and not only:
         plan = [Planned(key, entry.dtype, entry.shape) for key, entry in found.weights.items()]
-        write(path, plan, found.weights.mapped, metadata)
+        write(path, plan + beside, lambda key: more[key] if key in more else found.weights.mapped(key), metadata)
         return
     config = part.config
     _, theirs = found.bind(config)
@@ -159,7 +187,7 @@ def _write(part: Chosen, layout: Layout[Any], path: Path, metadata: Mapping[str,
     def ours(key: str) -> Tensor:
         return put_together(here[key], found.weights, names, None, mapped=True)
 
-    write(path, plan, lambda key: wanted.theirs(only + key, ours), metadata)
+    write(path, plan + beside, lambda key: more[key] if key in more else wanted.theirs(only + key, ours), metadata)
 
 
 def _beside(
@@ -211,6 +239,8 @@ def _index(family: Family, parts: Mapping[str, Chosen], out: Path, scheduler: Ma
             file = out / part.role.tokenizer / "tokenizer_config.json"
             named = json.loads(file.read_text()).get("tokenizer_class") if file.is_file() else None
             index[part.role.tokenizer] = ["transformers", named or "PreTrainedTokenizerFast"]
+    for role in family.left_out(parts):
+        index[role.folder] = index[role.tokenizer] = [None, None]
     return index
 
 
