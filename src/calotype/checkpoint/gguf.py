@@ -257,7 +257,7 @@ class GgufFile(TensorFile):
             # ggml drops sides of 1 in front, and this is the one tensor of our models that has one.
             table = item.key.rsplit(".", 1)[-1] == "pos_embed" and len(item.shape) == 2
             return (1, *item.shape) if table else item.shape
-        sound = isinstance(original, tuple) and all(type(side) is int and side > 0 for side in original)  # pyright: ignore[reportUnknownVariableType]
-        if not sound or math.prod(original) != math.prod(item.shape):  # pyright: ignore[reportArgumentType]
+        sides: tuple[Any, ...] = original if isinstance(original, tuple) else ()
+        if not all(type(side) is int and side > 0 for side in sides) or math.prod(sides) != math.prod(item.shape):
             self._damaged(f"{item.key!r} of the shape {item.shape} cannot have had the shape {original!r}")
-        return original  # pyright: ignore[reportReturnType]
+        return sides

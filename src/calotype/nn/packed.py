@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from calotype.nn.formats import FORMATS
-from calotype.nn.stored import ROWS, Stored, StoredConv2d, StoredEmbedding, StoredLinear
+from calotype.nn.stored import ROWS, Stored, StoredConv2d, StoredEmbedding, StoredLinear, parameter
 
 
 class Piece(NamedTuple):
@@ -89,10 +89,10 @@ class PackedLinear(Packed, StoredLinear):
     """A linear layer of `pieces`; the bias is kept as it is."""
 
     def __init__(
-        self, shape: Sequence[int], pieces: Sequence[Piece], dtype: torch.dtype, bias: nn.Parameter | None
+        self, shape: Sequence[int], pieces: Sequence[Piece], dtype: torch.dtype, bias: Tensor | None
     ) -> None:
         super().__init__(shape, pieces, dtype)
-        self.bias = bias
+        self.bias = parameter(bias)
 
 
 class PackedConv2d(Packed, StoredConv2d):
@@ -103,11 +103,11 @@ class PackedConv2d(Packed, StoredConv2d):
         shape: Sequence[int],
         pieces: Sequence[Piece],
         dtype: torch.dtype,
-        bias: nn.Parameter | None,
+        bias: Tensor | None,
         how: dict[str, Any],
     ) -> None:
         super().__init__(shape, pieces, dtype)
-        self.bias = bias
+        self.bias = parameter(bias)
         self.how = how
 
 

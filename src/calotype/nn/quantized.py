@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calotype.nn.packed import PackedConv2d, PackedLinear, in_float8
-from calotype.nn.stored import ROWS, Stored, StoredConv2d, StoredLinear
+from calotype.nn.stored import ROWS, Stored, StoredConv2d, StoredLinear, parameter
 
 Bits = Literal[4, 8]
 Kind = Literal["int8", "int4", "fp8_e4m3", "fp8_e5m2"]
@@ -114,7 +114,7 @@ class QuantizedConv2d(Quantized, StoredConv2d):
         with torch.device("meta"):
             made = cls(tuple(weight.shape), bits, weight.dtype, StoredConv2d.settings(given))
         made.fill(weight)
-        made.bias = given.bias
+        made.bias = parameter(given.bias)
         return made
 
 

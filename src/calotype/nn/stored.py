@@ -73,6 +73,13 @@ class Stored(nn.Module):
         return self
 
 
+def parameter(bias: Tensor | None) -> nn.Parameter | None:
+    """A bias as a layer has it: the very parameter where it is one."""
+    if bias is None or isinstance(bias, nn.Parameter):
+        return bias
+    return nn.Parameter(bias.detach(), requires_grad=False)
+
+
 class StoredLinear(Stored):
     """A linear layer: (... in) -> (... out), in the dtype of its input."""
 
