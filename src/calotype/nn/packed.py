@@ -88,9 +88,7 @@ class Packed(Stored):
 class PackedLinear(Packed, StoredLinear):
     """A linear layer of `pieces`; the bias is kept as it is."""
 
-    def __init__(
-        self, shape: Sequence[int], pieces: Sequence[Piece], dtype: torch.dtype, bias: Tensor | None
-    ) -> None:
+    def __init__(self, shape: Sequence[int], pieces: Sequence[Piece], dtype: torch.dtype, bias: Tensor | None) -> None:
         super().__init__(shape, pieces, dtype)
         self.bias = parameter(bias)
 
