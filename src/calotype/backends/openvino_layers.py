@@ -97,10 +97,26 @@ def _biased(layer: Conv2d, y: ov.Output) -> ov.Output:
 
 
 def group_norm(layer: nn.GroupNorm, x: ov.Output) -> ov.Output:
+    """Op by op, in the layout that convolutions have: OpenVINO's own operation is surrounded by two copies."""
     known(layer, nn.GroupNorm)
-    return ops.group_normalization(x, constant(layer.weight), constant(layer.bias), layer.num_groups, layer.eps).output(
-        0
-    )
+    b, c, _, _ = x.shape
+    groups = b, layer.num_groups, c // layer.num_groups
+
+    def mean(y: ov.Output) -> ov.Output:
+        """Over each group: b groups 1."""
+        each = ops.reduce_mean(y, integers(2, 3), True).output(0)
+        return ops.reduce_mean(reshaped(each, *groups), integers(2), True).output(0)
+
+    def each_channel(y: ov.Output) -> ov.Output:
+        return reshaped(y, b, c, 1, 1)
+
+    average = ops.broadcast(mean(x), integers(*groups))
+    centred = ops.subtract(x, each_channel(average.output(0))).output(0)
+    variance = mean(ops.multiply(centred, centred).output(0))
+    weight, bias = (constant(given, 1, *groups[1:]) for given in (layer.weight, layer.bias))
+    scale = ops.divide(weight, ops.sqrt(plus(variance, scalar(layer.eps))))
+    y = ops.multiply(centred, each_channel(scale.output(0)))
+    return plus(y.output(0), each_channel(ops.broadcast(bias, integers(*groups)).output(0)))
 
 
 def layer_norm(layer: nn.LayerNorm, x: ov.Output) -> ov.Output:
