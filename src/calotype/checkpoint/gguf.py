@@ -24,10 +24,10 @@ from calotype.nn.formats import FORMATS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_HEADER = 64 * 2**20  # bytes; a vocabulary of 256,000 words takes 8 MB
+MAX_HEADER = 32 * 2**20  # bytes; a vocabulary of 256,000 words takes 8 MB
 MAX_KEYS = 2**16
 MAX_KEY = 1024  # bytes
-MAX_ITEMS = 2**22  # in an array
+MAX_ITEMS = 2**20  # in a list
 MAX_DIMENSIONS = 4  # ggml's own limit
 MAX_TEXT = 4096  # bytes of a text that is kept; longer ones are passed over
 MAX_ALIGNMENT = 2**16

@@ -79,6 +79,12 @@ def _parts(opened: Opened) -> tuple[Family, dict[str, Chosen], frozenset[str]]:
             what = item.detected.quantised or item.detected.recognised[0].known.title
             raise UnsupportedModel(f"{opened.name}: {what} is recognised, but not converted yet")
     found = [piece for item in opened.items for piece in item.detected.found]
+    for entry in (entry for piece in found for entry in piece.weights.values() if entry.format is not None):
+        what = f"{entry.stored} with scales" if entry.scale is not None else entry.stored
+        raise UnsupportedModel(
+            f"{opened.name}: {entry.key!r} is stored as {what}, which is not converted; convert the file that it was "
+            "made from"
+        )
     if not found:
         raise UnknownModel(f"{opened.name}: no known model or part; run `calotype info {opened.name}`")
     with_backbone = [family for family in FAMILIES if any(piece.part in family.backbone.parts for piece in found)]
