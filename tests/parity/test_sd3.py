@@ -341,23 +341,24 @@ def test_original_names_are_those_that_diffusers_converts(form: str, request: py
     assert all(torch.equal(converted[key], wanted[key]) for key in wanted)
 
 
-def test_t5_in_float8_is_widened(bare: Originals, tmp_path: Path) -> None:
-    """As in sd3_medium_incl_clips_t5xxlfp8: T5's matrices in one byte, all else as it was."""
+@pytest.mark.parametrize("part", ["text_encoder_3", "transformer"])
+def test_matrices_in_float8_are_widened(part: str, bare: Originals, tmp_path: Path) -> None:
+    """As in sd3_medium_incl_clips_t5xxlfp8, T5's in one byte; or the transformer's, positions and norms too."""
     eighths = {
-        key: value.to(torch.float8_e4m3fn) if value.ndim == 2 else value
-        for key, value in bare.tensors["text_encoder_3"].items()
+        key: value.to(torch.float8_e4m3fn) if value.ndim == 2 or part == "transformer" else value
+        for key, value in bare.tensors[part].items()
     }
-    sources = bare._replace(tensors={**bare.tensors, "text_encoder_3": eighths}).pack(tmp_path, "everything")
-    exact = bare._replace(
-        tensors={**bare.tensors, "text_encoder_3": {key: value.float() for key, value in eighths.items()}}
-    )
+    sources = bare._replace(tensors={**bare.tensors, part: eighths}).pack(tmp_path, "everything")
+    exact = bare._replace(tensors={**bare.tensors, part: {key: value.float() for key, value in eighths.items()}})
     (tmp_path / "exact").mkdir()
     wanted = calotype.load(*exact.pack(tmp_path / "exact", "everything"), dtype="float32")
     for dtype in ("float32", None):
         ours = calotype.load(*sources, dtype=dtype)
         assert isinstance(ours.family, Sd3Model)
         assert ours.family.t5 is not None
-        assert {p.dtype for p in ours.family.t5.encoder.parameters()} == {torch.float32 if dtype else torch.bfloat16}
+        encoder = ours.family.t5.encoder
+        computes = ours.family.transformer.dtype if part == "transformer" else encoder.norm_out.weight.dtype
+        assert computes == (torch.float32 if dtype else torch.bfloat16)
         pictures = (pixels(ours_picture(Pair(bare.theirs, each), steps=2, cfg_scale=1.0)) for each in (ours, wanted))
         a, b = pictures
         assert abs(a - b).max() <= 1 if dtype else abs(a - b).mean() < 8

@@ -223,7 +223,6 @@ FAMILY = Family(
         Role(
             name="transformer",
             parts=(TRANSFORMER,),
-            quantisable=True,
             folder="transformer",
             file="sd3-{}.safetensors",
             where="sd3_medium.safetensors, sd3.5_large.safetensors, or transformer/ of a diffusers folder",
@@ -251,7 +250,6 @@ FAMILY = Family(
         Role(
             name="t5",
             parts=(T5,),
-            quantisable=True,
             folder="text_encoder_3",
             tokenizer="tokenizer_3",
             where="t5xxl_fp16.safetensors or text_encoder_3/",
