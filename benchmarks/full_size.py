@@ -1,10 +1,13 @@
 """A model at its real size with random bfloat16 weights: does it load, run, and stay within its memory?
 
     python benchmarks/full_size.py MODEL --folder FOLDER [--steps 2] [--memory stream] [--storage chatglm=int4] [--save]
+    python benchmarks/full_size.py flux1-dev --folder FOLDER --steps 28 --side 1024 --device cuda --budget 8 [--save]
 
-MODEL is flux1-dev, sd1, sdxl, kolors or hunyuan_dit. Writes its files from our own manifests (34, 2, 7, 18 and 8 GB,
-once; kept in FOLDER), loads them by memory mapping in a process of its own, and draws one picture. Tokenizers are the
-real ones where DiffSynth's package is installed, which carries them, else small stand-ins.
+MODEL is flux1-dev, sd1, sdxl, sd3-medium, sd3.5-large, kolors or hunyuan_dit. Writes its files from our own manifests
+(34, 2, 7, 15, 28, 18 and 8 GB, once; kept in FOLDER, which models may share: T5-XXL and CLIP-L are the same), loads
+them by memory mapping in a process of its own, and draws one picture. Tokenizers are the real ones where DiffSynth's
+package is installed, which carries them, else small stand-ins. With --budget, torch may take no more than so many GB of
+a GPU's memory.
 """
 
 from __future__ import annotations
@@ -48,6 +51,13 @@ def real_folder(name: str) -> Callable[[Path], None]:
     return copy
 
 
+T5 = {"t5xxl.safetensors": "flux-text-encoder-2"}
+THREE: Mapping[str, Callable[[Path], None]] = {
+    "tokenizer": clip_tokenizer,
+    "tokenizer_2": lambda folder: clip_tokenizer(folder, padding="!"),
+    "tokenizer_3": t5_tokenizer,
+}
+
 MODELS = {
     "flux1-dev": Model(
         title="FLUX.1 dev",
@@ -55,7 +65,7 @@ MODELS = {
         files={
             "flux1-dev.safetensors": "flux1-dev",
             "clip_l.safetensors": "flux-text-encoder",
-            "t5xxl.safetensors": "flux-text-encoder-2",
+            **T5,
             "ae.safetensors": "flux-ae",
         },
         tokenizers={"tokenizer": clip_tokenizer, "tokenizer_2": t5_tokenizer},
@@ -71,6 +81,23 @@ MODELS = {
         side=1024,
         files={"sd_xl_base_1.0.safetensors": "sdxl-base"},
         tokenizers={"tokenizer": clip_tokenizer, "tokenizer_2": lambda folder: clip_tokenizer(folder, padding="!")},
+    ),
+    "sd3-medium": Model(
+        title="Stable Diffusion 3 medium",
+        side=1024,
+        files={"sd3_medium_incl_clips.safetensors": "sd3-medium-incl-clips", **T5},
+        tokenizers=THREE,
+    ),
+    "sd3.5-large": Model(
+        title="Stable Diffusion 3.5 large",
+        side=1024,
+        files={
+            "sd3.5_large.safetensors": "sd3.5-large",
+            "clip_l.safetensors": "flux-text-encoder",
+            "clip_g.safetensors": "sd3-clip-g",
+            **T5,
+        },
+        tokenizers=THREE,
     ),
     "hunyuan_dit": Model(
         title="Hunyuan-DiT 1.2",
@@ -107,6 +134,8 @@ def main() -> None:
     arguments.add_argument("--side", type=int, help="else the model's own")
     arguments.add_argument("--memory", default="auto", help="auto, resident, components or stream")
     arguments.add_argument("--storage", nargs="*", default=[], metavar="PART=TYPE", help="as chatglm=int4")
+    arguments.add_argument("--device", default="cpu", help="cpu or cuda")
+    arguments.add_argument("--budget", type=float, metavar="GB", help="of a GPU's memory; else all of it")
     arguments.add_argument("--patience", type=float, default=180, help="seconds to wait for a quiet machine")
     arguments.add_argument("--save", action="store_true", help="keep the result under benchmarks/results")
     given = arguments.parse_args()
@@ -121,6 +150,8 @@ def main() -> None:
         "picture": str(given.folder / "picture.png"),
         "side": side,
         "steps": given.steps,
+        "device": given.device,
+        "budget": given.budget,
         "memory": given.memory,
         "storage": dict(item.split("=", 1) for item in given.storage),
     }
@@ -128,8 +159,8 @@ def main() -> None:
     result = {
         "command": command("full_size.py", sys.argv[1:]),
         "date": date.today().isoformat(),
-        "machine": machine(),
-        "arithmetic": arithmetic("bfloat16"),
+        "machine": machine() if given.device == "cpu" else torch.cuda.get_device_name(),
+        "arithmetic": arithmetic("bfloat16") if given.device == "cpu" else "bfloat16",
         "versions": versions("torch"),
         "commit": commit(),
         "model": f"{model.title}, {side}x{side}, bfloat16, random weights, {given.steps} steps",
@@ -141,7 +172,8 @@ def main() -> None:
     if given.save:
         stored = "".join(f"-{item.replace('=', '-')}" for item in given.storage)
         stored += "" if given.memory == "auto" else f"-{given.memory}"
-        print(f"kept in {keep(f'{given.model}-full-size-{side}{stored}-cpu.json', result)}")
+        stored += "" if given.budget is None else f"-{given.budget:g}GB"
+        print(f"kept in {keep(f'{given.model}-full-size-{side}{stored}-{given.device}.json', result)}")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,22 @@ def memory(field: str) -> float:
     return int(found.group(1)) / 2**20 if found else 0.0
 
 
+def limit(bytes_: float) -> None:
+    """Let torch take no more of a GPU's memory."""
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(min(bytes_ / torch.cuda.mem_get_info()[1], 1.0))
+
+
 def main(told: dict[str, Any]) -> None:
     clock = time.perf_counter
     start = clock()
     import calotype
 
+    if told["budget"] is not None:
+        limit(told["budget"] * 1e9)
     chosen = {"storage": told["storage"]} if told["storage"] else {}
-    model = calotype.load(*told["sources"], device="cpu", memory=told["memory"], **chosen)
+    model = calotype.load(*told["sources"], device=told["device"], memory=told["memory"], **chosen)
     loaded = clock()
     measured: dict[str, Any] = {
         "memory": model.family.memory.rung,
@@ -56,9 +65,15 @@ def main(told: dict[str, Any]) -> None:
     for event in model.stream(request):
         between = max(between, memory("RssAnon"))
         marks.append(clock())
+        if isinstance(event, calotype.Lowered):
+            measured["memory"] = event.rung
         if isinstance(event, calotype.Picture):
             event.image.save(told["picture"])
             measured["cfg_scale"] = event.job.cfg_scale
+    if told["device"] == "cuda":
+        import torch
+
+        measured["peak GB on the GPU"] = torch.cuda.max_memory_reserved() / 1e9
     steps = [now - last for last, now in zip(marks[:-2], marks[1:-1], strict=True)]
     print(
         "\n"

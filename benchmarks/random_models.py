@@ -93,8 +93,10 @@ def as_diffusers(folder: Path, out: Path) -> Path:
     if not (out / "model_index.json").exists():
         shutil.rmtree(out, ignore_errors=True)
         convert(folder, out, "diffusers")
-        shutil.copytree(folder / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
         index = json.loads((out / "model_index.json").read_text())
-        name = json.loads((out / "tokenizer" / "tokenizer_config.json").read_text())["tokenizer_class"]
-        (out / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", name]}, indent=2))
+        for tokenizer in sorted(folder.glob("tokenizer*")):
+            shutil.copytree(tokenizer, out / tokenizer.name, dirs_exist_ok=True)
+            settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+            index[tokenizer.name] = ["transformers", settings["tokenizer_class"]]
+        (out / "model_index.json").write_text(json.dumps(index, indent=2))
     return out

@@ -239,7 +239,7 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
 
 def test_the_model_is_loaded_as_asked(loader: Loader, capsys: Said) -> None:
     words = ["--model", "a.safetensors", "--model=org/name", "--device=cpu", "--dtype=bfloat16", "--memory=resident"]
-    words += ["--backend=openvino", "--storage", "t5=int8", "--storage=transformer=int4"]
+    words += ["--backend=openvino", "--storage", "t5=int8", "--storage=transformer=int4", "--storage=fp8_e4m3"]
     assert main(["generate", "a fox", *words]) == 0
     assert loader.calls == [
         (
@@ -249,7 +249,7 @@ def test_the_model_is_loaded_as_asked(loader: Loader, capsys: Said) -> None:
                 "dtype": "bfloat16",
                 "memory": "resident",
                 "backend": "openvino",
-                "storage": {"t5": "int8", "transformer": "int4"},
+                "storage": {"t5": "int8", "transformer": "int4", "*": "fp8_e4m3"},
             },
         )
     ]

@@ -74,7 +74,12 @@ def generate(
     memory: Annotated[str, _model("MODE", "How much stays loaded: auto, resident, components or stream.")] = "auto",
     backend: Annotated[str, _model("NAME", "torch, or openvino: the UNet families, faster on a CPU.")] = "torch",
     storage: Annotated[
-        list[str] | None, _model("PART=TYPE", "Keep a part in int8 or int4, as chatglm=int4; repeat it for others.")
+        list[str] | None,
+        _model(
+            "TYPE",
+            "Keep weights in fewer bits: int8, int4, fp8_e4m3 or fp8_e5m2, of the network and the largest encoder; or "
+            "of one part, as t5=int4 (repeat it for others). none widens what a file has in fewer bits.",
+        ),
     ] = None,
     out: Annotated[
         str | None,
@@ -199,8 +204,10 @@ def _changed(old: Request, record: dict[str, Any]) -> bool:
 
 
 def _storage(given: list[str] | None) -> dict[str, str]:
-    """PART=TYPE, as `load` takes them."""
-    return {part: kind for part, _, kind in (text.partition("=") for text in given or ())}
+    """PART=TYPE, or TYPE for what is worth it, as `load` takes them."""
+    from calotype.loading.storage import ALL
+
+    return {part or ALL: kind for part, _, kind in (text.rpartition("=") for text in given or ())}
 
 
 def _note(text: str) -> None:

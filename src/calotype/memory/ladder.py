@@ -12,7 +12,7 @@ more behind than its place in the file.
 from __future__ import annotations
 
 import gc
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Literal, Protocol, runtime_checkable
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from calotype.memory.free import free_memory
 from calotype.memory.layers import Layer, Maker, layers_of
 from calotype.memory.pages import Mapping as MappedFile
 
@@ -27,6 +28,7 @@ Rung = Literal["resident", "components", "stream"]
 RUNGS: tuple[Rung, ...] = ("resident", "components", "stream")
 SMALL = 2**18  # bytes: a layer up to here stays while its part computes
 RESERVE = 0.25  # of a device's free memory, kept for activations by `stream`
+PINNED = 0.5  # of the host's free memory, at most, for layers that wait where a GPU copies from by itself
 
 
 @runtime_checkable
@@ -106,6 +108,7 @@ class Part:
         self._device = device
         self._rung: Rung = rung
         self._depth = 0
+        self._met = False
         self._belt = Belt(device)
 
     @contextmanager
@@ -125,6 +128,9 @@ class Part:
             self._module.to(self._device)
             return
         passing = self._passing()
+        if not self._met:
+            self._met = True
+            self._pin(passing)
         try:
             for layer in self._layers:
                 if layer in passing:
@@ -142,6 +148,17 @@ class Part:
         for layer in self._layers:
             layer.leave()
 
+    def _pin(self, passing: Collection[Layer]) -> None:
+        """Keep layers that go to a GPU at each step in pinned memory, if the host has room for all of them.
+
+        Copies from there run beside the computation, at the bus's full speed; those from a mapped file do not.
+        """
+        if self._rung != "stream" or self._device.type != "cuda":
+            return
+        if sum(layer.bytes for layer in passing) <= PINNED * free_memory(torch.device("cpu")):
+            for layer in passing:
+                layer.pin()
+
     def _passing(self) -> set[Layer]:
         """The layers that come and go by themselves."""
         # Only layers that nobody reads but their own forward.
@@ -157,7 +174,7 @@ class Part:
         """As many as fit on a GPU; on the CPU their place is the file."""
         if self._device.type != "cuda":
             return set()
-        free = torch.cuda.mem_get_info(self._device)[0] * (1 - RESERVE)
+        free = free_memory(self._device) * (1 - RESERVE)
         room = free - 3 * max((layer.bytes for layer in large), default=0)  # for those on the belt
         staying: set[Layer] = set()
         for layer in large:

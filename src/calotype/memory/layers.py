@@ -38,7 +38,13 @@ class Layer:
         named += [(name, True, tensor) for name, tensor in module.named_parameters(recurse=False)]
         named += [(name, False, tensor) for name, tensor in module.named_buffers(recurse=False)]
         self.weights = tuple(
-            Weight(name, parameter, tensor, makers.get(name), paging.pages_of(tensor, files) if files else None)
+            Weight(
+                name,
+                parameter,
+                tensor,
+                makers.get(name) if tensor.is_meta else None,
+                paging.pages_of(tensor, files) if files else None,
+            )
             for name, parameter, tensor in named
         )
 

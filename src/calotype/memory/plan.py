@@ -1,37 +1,17 @@
-"""How much memory there is, how much a model takes on each rung of the ladder, and which rung to choose."""
+"""How much memory a model takes on each rung of the ladder, and which rung to choose."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
+from calotype.memory.free import free_memory
 from calotype.memory.ladder import RUNGS, SMALL, Prepares, Rung
 from calotype.memory.layers import layers_of
 
 USABLE = 0.8  # of the memory that is free now: the rest is for activations, and for others
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a model may take on a device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, _allowed())
-
-
-def _allowed(group: Path = CGROUP) -> int:
-    """What a container's limit leaves; no limit is a very large one."""
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no control groups of version 2, or "max"
-        return 2**62
-    return limit - used + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
 
 
 def weight_bytes(network: nn.Module) -> int:

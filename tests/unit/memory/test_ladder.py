@@ -132,6 +132,24 @@ def test_small_layers_stay_in_a_stream() -> None:
     assert stored.read.count("small.weight") == stored.read.count("table") == 1
 
 
+def test_pinned_layers_wait_in_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)  # a copy, where there is no GPU to pin it for
+    stored = Stored()
+    makers = {
+        "weight": stored.makers()[stored.block]["large.weight"],
+        "bias": stored.makers()[stored.block]["large.bias"],
+    }
+    layer = Layer(stored.block.large, makers, ())
+    layer.pin()
+    assert stored.read == ["large.weight", "large.bias"]
+    assert torch.equal(stored.block.large.weight, stored.state["large.weight"])
+    layer.put(layer.fetch(CPU))
+    layer.leave()
+    again = Layer(stored.block.large, makers, ())  # as after going down a rung
+    again.fetch(CPU)
+    assert len(stored.read) == 2
+
+
 # ---- pages
 
 
