@@ -143,10 +143,11 @@ def main() -> None:
     side = given.side or model.side
     for number, (name, layout) in enumerate(model.files.items()):
         write_model(given.folder / name, layout, torch.bfloat16, seed=number)
+    own = given.folder / given.model  # tokenizers of one name differ between models
     for name, written in model.tokenizers.items():
-        written(given.folder / name)
+        written(own / name)
     told = {
-        "sources": [str(given.folder / name) for name in (*model.files, *model.tokenizers)],
+        "sources": [str(given.folder / name) for name in model.files] + [str(own / name) for name in model.tokenizers],
         "picture": str(given.folder / "picture.png"),
         "side": side,
         "steps": given.steps,
