@@ -1,4 +1,4 @@
-"""Inpainting with models made for text to picture, against diffusers' pipelines for it, on tiny random ones."""
+"""Inpainting, with models made for it and with others, against diffusers' pipelines for it, on tiny random ones."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ import tiny_sd3
 import tiny_unets
 import torch
 from diffusers import (
+    DDIMScheduler,
     EulerDiscreteScheduler,
+    FluxFillPipeline,
     FluxInpaintPipeline,
     StableDiffusion3InpaintPipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionXLInpaintPipeline,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image, ImageDraw
 
 import calotype
+from calotype.generate import Picture, stream
 from calotype.request import Request
 
 PROMPT = "a red fox on the table"
@@ -114,6 +118,33 @@ def test_sdxl(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
         guidance_scale=3.0,
     )
     fields = {"denoising_strength": 0.5}
+    assert_same(ours(tmp_path, picture, mask, **fields), peer, ours(tmp_path, picture, white(), **fields))
+
+
+def test_a_unet_that_takes_the_mask(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
+    """Stable Diffusion 1.x with nine channels."""
+    built = tiny_unets.sd1(tmp_path, DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False), in_channels=9)
+    pipeline = StableDiffusionInpaintPipeline(**built.components, requires_safety_checker=False)
+    peer = theirs(pipeline, picture, mask, strength=1.0, guidance_scale=3.0)
+    for batched in (True, False):
+        model = calotype.load(tmp_path, device="cpu", dtype="float32")
+        assert model.name == "sd1/inpainting"
+        request = Request(
+            prompt=PROMPT, seed=SEED, steps=STEPS, input_image=picture, mask_image=mask, cfg_scale=3.0, width=SIDE,
+            height=SIDE,
+        )  # fmt: skip
+        *_, last = stream(model.family, request, batched_guidance=batched)
+        assert isinstance(last, Picture)
+        assert_same(np.asarray(last.image, dtype=int), peer, ours(tmp_path, picture, white()))
+
+
+def test_flux_fill(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
+    built = tiny_flux.build(tmp_path, guidance=True, beside=16 + 4 * 64)
+    unused = ("image_encoder", "feature_extractor")
+    pipeline = FluxFillPipeline(**{name: part for name, part in built.components.items() if name not in unused})
+    peer = theirs(pipeline, picture, mask, guidance_scale=30.0, max_sequence_length=16)
+    fields = {"text_tokens": 16, "embedded_guidance": 30.0, "cfg_scale": 1.0}
+    assert calotype.load(tmp_path).name == "flux/fill-dev"
     assert_same(ours(tmp_path, picture, mask, **fields), peer, ours(tmp_path, picture, white(), **fields))
 
 
