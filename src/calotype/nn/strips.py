@@ -1,0 +1,245 @@
+"""Convolutions and group norms of tensors too large to be held several times: a few rows at a time.
+
+A strip is some whole rows of a picture; strips come from the top down and each row once. A convolution keeps the two
+rows that the next strip needs, so that no row of any layer is computed twice on a way through; what a group norm has
+to know of all rows is gathered while the layer before is written.
+"""
+
+# b batch · c channels · h height · w width
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+
+from calotype.nn.linear import widened
+
+STRIP = 2**22  # numbers in a strip: it stays in a large cache, and allocators keep such a size for the next one
+
+Strips = Iterator[Tensor]
+"""Consecutive rows of a tensor b c h w, from the top."""
+
+
+class Kernel(NamedTuple):
+    """A convolution's weights, in what it computes in."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Affine(NamedTuple):
+    """A group norm whose statistics are known: x * scale + shift, each b c 1 1 in float32."""
+
+    scale: Tensor
+    shift: Tensor
+
+
+def lent(layer: nn.Conv2d | nn.GroupNorm) -> Kernel:
+    """A copy of a layer's weights, taken while it is called.
+
+    Layers that come and go hold theirs only then. On a CPU without half-precision arithmetic they are widened.
+    """
+    taken: list[Kernel] = []
+
+    def take(module: nn.Module, _: object) -> None:
+        weight, bias = (None if value is None else value.detach() for value in (module.weight, module.bias))
+        assert isinstance(weight, Tensor)
+        dtype = torch.float32 if widened(weight) else weight.dtype
+        taken.append(Kernel(weight.to(dtype, copy=True), None if bias is None else bias.to(dtype, copy=True)))
+
+    channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.num_channels
+    hook = layer.register_forward_pre_hook(take)
+    try:
+        layer(torch.empty(0, channels, 3, 3, dtype=layer.weight.dtype, device=layer.weight.device))
+    finally:
+        hook.remove()
+    return taken[0]
+
+
+class Moments:
+    """Mean and variance of groups of channels, gathered strip by strip and joined as Chan et al. (1979) do."""
+
+    def __init__(self, groups: int) -> None:
+        self.groups = groups
+        self._parts: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, strip: Tensor) -> None:
+        b, c, h, w = strip.shape
+        # The norm itself gathers them without cancellation, and faster than torch.var_mean.
+        whole = strip.float().contiguous()
+        _, mean, inverse = torch.native_group_norm(whole, None, None, b, c, h * w, self.groups, 0.0)
+        self._parts.append((h * w, mean, inverse))
+
+    def affine(self, norm: nn.GroupNorm) -> Affine:
+        """What the norm does to a tensor of these moments."""
+        assert norm.num_groups == self.groups
+        weight, bias = lent(norm)
+        assert bias is not None
+        counts = torch.tensor([count for count, _, _ in self._parts], dtype=torch.float64)[:, None, None]
+        means = torch.stack([mean for _, mean, _ in self._parts]).cpu().double()
+        squares = torch.stack([inverse for _, _, inverse in self._parts]).cpu().double() ** -2
+        mean = (counts * means).sum(0) / counts.sum()
+        square = (counts * (squares + (means - mean) ** 2)).sum(0) / counts.sum()
+        each = norm.num_channels // self.groups
+        inverse = (square + norm.eps).rsqrt().repeat_interleave(each, dim=1)  # b c
+        scale = inverse * weight.cpu().double()
+        shift = bias.cpu().double() - mean.repeat_interleave(each, dim=1) * scale
+        return Affine(*(value[:, :, None, None].to(weight.device, torch.float32) for value in (scale, shift)))
+
+
+def rows_of(x: Tensor, channels: int) -> int:
+    """Rows of a strip of a tensor like x with so many channels; even."""
+    return max(STRIP // (x.shape[0] * channels * x.shape[3]) // 2 * 2, 2)
+
+
+def strips_of(x: Tensor, rows: int) -> Strips:
+    """The first has one row more: a convolution's strips then end at multiples of `rows`."""
+    height = x.shape[2]
+    start = 0
+    while start < height:
+        stop = min(start + rows + (start == 0), height)
+        yield x[:, :, start:stop]
+        start = stop
+
+
+def convolved(strips: Strips, kernel: Kernel, height: int, before: Affine | None = None) -> Strips:
+    """A 3x3 convolution, padded by one; of silu of the norm `before` where there is one.
+
+    The strips that it gives end one row above those that it takes, the last one aside. So they may be written over the
+    tensor that the others are read from.
+    """
+    above: Tensor | None = None
+    seen = 0
+    for strip in strips:
+        b, c, rows, w = strip.shape
+        seen += rows
+        top = 1 if above is None else 2
+        last = int(seen == height)
+        padded = torch.empty(b, c, top + rows + last, w, dtype=kernel.weight.dtype, device=strip.device)
+        if above is None:
+            padded[:, :, :top] = 0
+        else:
+            padded[:, :, :top] = above
+        inside = padded[:, :, top : top + rows]
+        if before is None:
+            inside.copy_(strip)
+        else:
+            torch.addcmul(before.shift, strip, before.scale, out=inside)
+            F.silu(inside, inplace=True)
+        if last:
+            padded[:, :, -1:] = 0
+        above = padded[:, :, -2:].clone()
+        if padded.shape[2] > 2:
+            made = F.conv2d(padded, kernel.weight, kernel.bias, padding=(0, 1))
+            del padded, inside
+            yield made
+    assert seen == height
+
+
+class Upsampled:
+    """A tensor of twice the size, each pixel repeated, convolved (3x3, padded by one): computed where it is read.
+
+    Of the nine pixels under a kernel at most four differ, so each of the four pixels that come of one is a 2x2
+    convolution of the small tensor: 4/9 of the products.
+    """
+
+    def __init__(self, small: Tensor, kernel: Kernel, after: Kernel | None = None) -> None:
+        """`after`, a 1x1 convolution of the result, is taken into the same kernels."""
+        weight, bias = kernel
+        if after is not None:
+            last = after.weight[:, :, 0, 0]
+            weight = einsum(last, weight, "o m, m c h w -> o c h w")
+            bias = after.bias if bias is None else last @ bias + (0 if after.bias is None else after.bias)
+        self.small = small
+        self.channels = weight.shape[0]
+        self.shape = (small.shape[0], self.channels, 2 * small.shape[2], 2 * small.shape[3])
+        self._bias = bias
+        self._kernels = [[_folded(_folded(weight, 2, y), 3, x).contiguous() for x in (0, 1)] for y in (0, 1)]
+
+    def pixels(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Of each four pixels in these rows the first, second, third and fourth ones; both numbers are even."""
+        first, end = start // 2, stop // 2
+        above, below = int(first > 0), int(end < self.small.shape[2])
+        read = self.small[:, :, first - above : end + below].to(self._kernels[0][0].dtype)
+        padded = F.pad(read, (1, 1, 1 - above, 1 - below))
+        rows, width = end - first + 1, self.small.shape[3] + 1
+        for y in (0, 1):
+            for x in (0, 1):
+                yield F.conv2d(padded[:, :, y : y + rows, x : x + width], self._kernels[y][x], self._bias)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Some of its rows; both numbers are even."""
+        b, c, _, w = self.shape
+        pixels = self.pixels(start, stop)
+        made: Tensor | None = None
+        for y in (0, 1):
+            pair = next(pixels), next(pixels)
+            if made is None:
+                made = pair[0].new_empty(b, c, (stop - start) // 2, 2, w // 2, 2)
+            torch.stack(pair, dim=-1, out=made[:, :, :, y])
+        assert made is not None
+        return rearrange(made, "b c h two w too -> b c (h two) (w too)")
+
+    def strips(self, rows: int) -> Strips:
+        for start in range(0, self.shape[2], rows):
+            yield self.rows(start, min(start + rows, self.shape[2]))
+
+    def moments(self, groups: int, rows: int) -> Moments:
+        known = Moments(groups)
+        for start in range(0, self.shape[2], rows):
+            for pixels in self.pixels(start, min(start + rows, self.shape[2])):
+                known.add(pixels)
+        return known
+
+
+def _folded(weight: Tensor, axis: int, second: int) -> Tensor:
+    """A kernel of three along an axis over pixels that are each there twice, as one of two over the pixels.
+
+    Under the first of a pair are the pixel before and itself twice; under the second itself twice and the next.
+    """
+    first, middle, last = weight.unbind(axis)
+    return torch.stack((first + middle, last) if second else (first, middle + last), axis)
+
+
+def halved(x: Tensor, kernel: Kernel, rows: int) -> Strips:
+    """A 3x3 convolution with stride 2, padded on the right and below only."""
+    height = x.shape[2] // 2
+    for start in range(0, height, rows):
+        stop = min(start + rows, height)
+        read = x[:, :, 2 * start : 2 * stop + 1].to(kernel.weight.dtype)
+        missing = 2 * (stop - start) + 1 - read.shape[2]
+        yield F.conv2d(F.pad(read, (0, 1, 0, missing)), kernel.weight, kernel.bias, stride=2)
+
+
+def written(out: Tensor, strips: Strips, groups: int | None = None) -> Moments:
+    """Writes strips into a tensor; their moments, where groups are given."""
+    known = Moments(groups or 1)
+    start = 0
+    for strip in strips:
+        out[:, :, start : start + strip.shape[2]] = strip
+        start += strip.shape[2]
+        if groups is not None:
+            known.add(strip)
+    assert start == out.shape[2]
+    return known
+
+
+def plus(strips: Strips, other: Callable[[int, int], Tensor]) -> Strips:
+    """Strips with the same rows of something else added."""
+    start = 0
+    for strip in strips:
+        strip += other(start, start + strip.shape[2])
+        start += strip.shape[2]
+        yield strip
+
+
+def moments_of(x: Tensor, groups: int) -> Moments:
+    known = Moments(groups)
+    for strip in strips_of(x, rows_of(x, x.shape[1])):
+        known.add(strip)
+    return known
