@@ -1,6 +1,6 @@
 """One contestant of vae_cpu.py, in a process of its own: one decode or encode, its seconds and memory as JSON.
 
-    python benchmarks/vae_contestants.py NAME SETTINGS
+python benchmarks/vae_contestants.py NAME SETTINGS
 """
 
 from __future__ import annotations

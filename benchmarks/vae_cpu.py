@@ -1,4 +1,4 @@
-"""The autoencoder of Stable Diffusion at its real widths on a CPU: strips, one piece, and diffusers' two ways, in turns.
+"""Stable Diffusion's autoencoder at its real widths on a CPU: strips, one piece, and diffusers' two ways, in turns.
 
     python benchmarks/vae_cpu.py --folder FOLDER [--side 1024] [--way decode] [--dtype float32] [--rounds 1] [--save]
 
@@ -69,7 +69,8 @@ def main() -> None:
         "arithmetic": arithmetic(given.dtype),
         "versions": versions("torch", "diffusers"),
         "commit": commit(),
-        "model": f"Stable Diffusion's autoencoder, {given.way} of {given.side}x{given.side}, {given.dtype}, random weights",
+        "model": f"Stable Diffusion's autoencoder, random weights, {given.dtype}",
+        "what": f"{given.way} {given.side}x{given.side}",
         "least": least,
         "median": middle,
         "ratios, strips over the other": {
@@ -153,7 +154,7 @@ def differences(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"\n{result['model']}\n{result['machine']}; {result['arithmetic']}\n")
+    print(f"\n{result['model']}: {result['what']}\n{result['machine']}; {result['arithmetic']}\n")
     for what in MEASURES:
         print(f"{what:10}" + "".join(f"{name:>18} {of[what]:8.2f}" for name, of in result["median"].items()))
     for name, of in result["differences"].items():

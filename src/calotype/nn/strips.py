@@ -40,22 +40,22 @@ class Affine(NamedTuple):
 
 
 def lent(layer: nn.Conv2d | nn.GroupNorm) -> Kernel:
-    """A copy of a layer's weights, taken while it is called.
+    """A copy of a layer's weights, taken while it is called: layers that come and go hold theirs only then.
 
-    Layers that come and go hold theirs only then. On a CPU without half-precision arithmetic they are widened.
+    On a CPU without half-precision arithmetic they are widened.
     """
     taken: list[Kernel] = []
 
-    def take(module: nn.Module, _: object) -> None:
-        weight, bias = (None if value is None else value.detach() for value in (module.weight, module.bias))
-        assert isinstance(weight, Tensor)
+    def take(*_: object) -> tuple[Tensor]:
+        weight, bias = layer.weight.detach(), layer.bias
         dtype = torch.float32 if widened(weight) else weight.dtype
-        taken.append(Kernel(weight.to(dtype, copy=True), None if bias is None else bias.to(dtype, copy=True)))
+        taken.append(Kernel(weight.to(dtype, copy=True), None if bias is None else bias.detach().to(dtype, copy=True)))
+        channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.num_channels
+        return (weight.new_empty(0, channels, 3, 3),)  # nothing is computed
 
-    channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.num_channels
-    hook = layer.register_forward_pre_hook(take)
+    hook = layer.register_forward_pre_hook(take)  # after those that bring the weights
     try:
-        layer(torch.empty(0, channels, 3, 3, dtype=layer.weight.dtype, device=layer.weight.device))
+        layer(torch.empty(0))
     finally:
         hook.remove()
     return taken[0]
@@ -66,30 +66,39 @@ class Moments:
 
     def __init__(self, groups: int) -> None:
         self.groups = groups
-        self._parts: list[tuple[int, Tensor, Tensor]] = []
+        self._count = 0
+        self._mean = self._square = torch.empty(0)  # b g; square is the sum of squared distances from the mean
 
     def add(self, strip: Tensor) -> None:
         b, c, h, w = strip.shape
         # The norm itself gathers them without cancellation, and faster than torch.var_mean.
         whole = strip.float().contiguous()
         _, mean, inverse = torch.native_group_norm(whole, None, None, b, c, h * w, self.groups, 0.0)
-        self._parts.append((h * w, mean, inverse))
+        exact = torch.float32 if strip.device.type == "mps" else torch.float64
+        here = h * w * (c // self.groups)
+        mean = mean.to(exact)
+        square = here / inverse.to(exact) ** 2
+        if not self._count:
+            self._count, self._mean, self._square = here, mean, square
+            return
+        # In place: small tensors that stay would lie between the large ones that go.
+        apart = mean - self._mean
+        both = self._count + here
+        self._square += square + apart**2 * (self._count * here / both)
+        self._mean += apart * (here / both)
+        self._count = both
 
     def affine(self, norm: nn.GroupNorm) -> Affine:
         """What the norm does to a tensor of these moments."""
         assert norm.num_groups == self.groups
         weight, bias = lent(norm)
         assert bias is not None
-        counts = torch.tensor([count for count, _, _ in self._parts], dtype=torch.float64)[:, None, None]
-        means = torch.stack([mean for _, mean, _ in self._parts]).cpu().double()
-        squares = torch.stack([inverse for _, _, inverse in self._parts]).cpu().double() ** -2
-        mean = (counts * means).sum(0) / counts.sum()
-        square = (counts * (squares + (means - mean) ** 2)).sum(0) / counts.sum()
+        mean = self._mean
+        inverse = (self._square / self._count + norm.eps).rsqrt()
         each = norm.num_channels // self.groups
-        inverse = (square + norm.eps).rsqrt().repeat_interleave(each, dim=1)  # b c
-        scale = inverse * weight.cpu().double()
-        shift = bias.cpu().double() - mean.repeat_interleave(each, dim=1) * scale
-        return Affine(*(value[:, :, None, None].to(weight.device, torch.float32) for value in (scale, shift)))
+        scale = inverse.repeat_interleave(each, dim=1) * weight  # b c
+        shift = bias - mean.repeat_interleave(each, dim=1) * scale
+        return Affine(*(value[:, :, None, None].float() for value in (scale, shift)))
 
 
 def rows_of(x: Tensor, channels: int) -> int:
