@@ -36,11 +36,12 @@ def calotype(settings: Settings, pixels: int) -> Way:
     from safetensors.torch import load_file
 
     from calotype.families.sd1.config import VAE
-    from calotype.nn import autoencoder
+    from calotype.nn import strips
+    from calotype.nn.autoencoder import Autoencoder
 
-    autoencoder.WHOLE = pixels
+    strips.WHOLE = pixels
     with torch.device("meta"):
-        net = autoencoder.Autoencoder(VAE)
+        net = Autoencoder(VAE)
     net.load_state_dict(load_file(f"{settings.folder}/calotype.safetensors"), assign=True)
     net = net.to(getattr(torch, settings.dtype)).eval()
     return net.decode if settings.way == "decode" else net.encode

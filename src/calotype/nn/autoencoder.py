@@ -20,6 +20,7 @@ from calotype.nn.strips import (
     Upsampled,
     convolved,
     halved,
+    in_strips,
     lent,
     moments_of,
     plus,
@@ -29,7 +30,6 @@ from calotype.nn.strips import (
 )
 
 GROUPS = 32
-WHOLE = 2**20  # pixels up to which pictures are not taken in strips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +268,7 @@ class Autoencoder(nn.Module):
     def encode(self, picture: Tensor) -> Tensor:
         """The mean of the latent Gaussian, scaled; float32."""
         given = (picture * 2 - 1).to(self.decoder.conv_in.weight.dtype)
-        if self._in_strips(picture, 1):
+        if in_strips(self, picture, 1):
             with torch.no_grad():
                 moments = self.encoder.in_strips(given)
         else:
@@ -283,19 +283,12 @@ class Autoencoder(nn.Module):
         z = (latent / self.config.scale + self.config.shift).to(self.decoder.conv_in.weight.dtype)
         if self.post_quant is not None:
             z = self.post_quant(z)
-        if self._in_strips(latent, self.config.factor**2):
+        if in_strips(self, latent, self.config.factor):
             with torch.no_grad():
                 picture = self.decoder.in_strips(z)
         else:
             picture = self.decoder(z)
         return picture.float() / 2 + 0.5
-
-    def _in_strips(self, x: Tensor, pixels: int) -> bool:
-        """Whether so large a tensor is better taken in strips; never where gradients are wanted."""
-        if x.shape[0] * x.shape[2] * x.shape[3] * pixels <= WHOLE:
-            return False
-        wanted = x.requires_grad or any(weight.requires_grad for weight in self.parameters())
-        return not (torch.is_grad_enabled() and wanted)
 
 
 def convolved_whole(layer: Conv2d, x: Tensor, before: Affine | None = None) -> tuple[Tensor, Moments]:

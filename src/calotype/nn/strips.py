@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from calotype.nn.linear import widened
 
+WHOLE = 2**20  # pixels of pictures that are still taken in one piece
 STRIP = 2**22  # numbers in a strip: it stays in a large cache, and allocators keep such a size for the next one
 
 Strips = Iterator[Tensor]
@@ -37,6 +38,17 @@ class Affine(NamedTuple):
 
     scale: Tensor
     shift: Tensor
+
+
+def in_strips(network: nn.Module, x: Tensor, factor: int) -> bool:
+    """Whether a tensor is better taken in strips, `factor` squared pixels for each of its own.
+
+    Never where gradients are wanted: what they need is not held.
+    """
+    if x.shape[0] * x.shape[2] * x.shape[3] * factor**2 <= WHOLE:
+        return False
+    wanted = x.requires_grad or any(weight.requires_grad for weight in network.parameters())
+    return not (torch.is_grad_enabled() and wanted)
 
 
 def lent(layer: nn.Conv2d | nn.GroupNorm) -> Kernel:
@@ -252,3 +264,55 @@ def moments_of(x: Tensor, groups: int) -> Moments:
     for strip in strips_of(x, rows_of(x, x.shape[1])):
         known.add(strip)
     return known
+
+
+def relu(strips: Strips) -> Strips:
+    return (F.relu(strip, inplace=True) for strip in strips)
+
+
+def enlarged(strips: Strips, factor: float) -> Strips:
+    """Each pixel repeated."""
+    return (F.interpolate(strip, scale_factor=factor, mode="nearest") for strip in strips)
+
+
+def strided(strips: Strips, kernel: Kernel, height: int) -> Strips:
+    """A 3x3 convolution with stride 2, padded by one on all sides."""
+    above: Tensor | None = None
+    seen = 0
+    for strip in strips:
+        strip = strip.to(kernel.weight.dtype)
+        seen += strip.shape[2]
+        rows = F.pad(strip, (0, 0, 1, 0)) if above is None else torch.cat((above, strip), dim=2)
+        if seen == height:
+            rows = F.pad(rows, (0, 0, 0, 1))
+        made = (rows.shape[2] - 1) // 2
+        above = rows[:, :, 2 * made :].clone()
+        if made:
+            yield F.conv2d(rows[:, :, : 2 * made + 1], kernel.weight, kernel.bias, stride=2, padding=(0, 1))
+
+
+class Kept:
+    """Strips that pass through, kept until they are taken again in strips of other heights."""
+
+    def __init__(self, strips: Strips) -> None:
+        self._strips = strips
+        self._kept: list[Tensor] = []
+
+    def passing(self) -> Strips:
+        for strip in self._strips:
+            self._kept.append(strip)
+            yield strip
+
+    def take(self, start: int, stop: int) -> Tensor:
+        """The next rows, which must have passed."""
+        taken: list[Tensor] = []
+        missing = stop - start
+        while missing:
+            first = self._kept[0]
+            taken.append(first[:, :, :missing])
+            if first.shape[2] > missing:
+                self._kept[0] = first[:, :, missing:]
+            else:
+                self._kept.pop(0)
+            missing -= taken[-1].shape[2]
+        return taken[0] if len(taken) == 1 else torch.cat(taken, dim=2)
