@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +93,12 @@ def main(name: str, settings: Settings) -> None:
         corner = 8 if settings.way == "decode" else 64
         run(given[:, :, :corner, :corner].contiguous())  # what is done once only
         before = peak()
-        start = clock()
+        start, worked = clock(), time.process_time()
         made = run(given)
-        seconds = clock() - start
+        seconds, worked = clock() - start, time.process_time() - worked
     most = peak()
     save_file({"x": made.contiguous()}, settings.result)
-    print("\n" + json.dumps({"seconds": seconds, "peak GiB": most, "peak GiB before": before}))
+    print("\n" + json.dumps({"seconds": seconds, "CPU seconds": worked, "peak GiB": most, "peak GiB before": before}))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from calotype.families.sd1.config import VAE
 from calotype.nn.autoencoder import Autoencoder
 
 CHILD = Path(__file__).parent / "vae_contestants.py"
-MEASURES = ("seconds", "peak GiB")
+MEASURES = ("seconds", "CPU seconds", "peak GiB")
 EXACT = ("calotype whole", "diffusers")  # what others are compared with, the first that is there
 
 
@@ -156,7 +156,7 @@ def differences(folder: Path, names: list[str]) -> dict[str, dict[str, float]]:
 def show(result: dict[str, Any]) -> None:
     print(f"\n{result['model']}: {result['what']}\n{result['machine']}; {result['arithmetic']}\n")
     for what in MEASURES:
-        print(f"{what:10}" + "".join(f"{name:>18} {of[what]:8.2f}" for name, of in result["median"].items()))
+        print(f"{what:12}" + "".join(f"{name:>18} {of[what]:8.2f}" for name, of in result["median"].items()))
     for name, of in result["differences"].items():
         print(name, of)
     print("ratios, strips over the other:", result["ratios, strips over the other"])

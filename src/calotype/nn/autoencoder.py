@@ -16,6 +16,8 @@ from calotype.nn.conv import Conv2d
 from calotype.nn.linear import Linear
 from calotype.nn.strips import (
     Affine,
+    Computed,
+    Convolved,
     Moments,
     Upsampled,
     convolved,
@@ -94,17 +96,15 @@ class ResidualBlock(nn.Module):
 
         return y, written(y, plus(made, skipped), GROUPS)
 
-    def upsampled_in_strips(self, small: Tensor, up: Conv2d) -> tuple[Tensor, Moments]:
-        """`forward` of what `up` makes of a tensor of half the size, which is never held; and the result's moments."""
-        kernel = lent(up)
-        x = Upsampled(small, kernel)
+    def of_computed(self, x: Computed) -> tuple[Tensor, Moments]:
+        """`forward` of a tensor that is never held, and the result's moments."""
         b, width_in, height, w = x.shape
         width = self.conv2.out_channels
-        y = small.new_empty(b, width, height, w)
+        y = x.of.new_empty(b, width, height, w)
         rows = rows_of(y, max(width_in, width))
         first = x.moments(GROUPS, rows).affine(self.norm1)
         between = written(y, convolved(x.strips(rows), lent(self.conv1), height, first), GROUPS)
-        skip = x if self.shortcut is None else Upsampled(small, kernel, lent(self.shortcut))
+        skip = x if self.shortcut is None else x.then(lent(self.shortcut))
         made = convolved(strips_of(y, rows), lent(self.conv2), height, between.affine(self.norm2))
         return y, written(y, plus(made, skip.rows), GROUPS)
 
@@ -154,15 +154,6 @@ class EncoderLevel(nn.Module):
         # Padded on the right and below only, as the original is.
         return x if self.down is None else self.down(F.pad(x, (0, 1, 0, 1)))
 
-    def in_strips(self, x: Tensor, known: Moments, *, twice: bool) -> tuple[Tensor, Moments]:
-        for block in self.blocks:
-            assert isinstance(block, ResidualBlock)
-            x, known = block.in_strips(x, known, twice=twice)
-        if self.down is None:
-            return x, known
-        small = x.new_empty(x.shape[0], x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
-        return small, written(small, halved(x, lent(self.down), rows_of(small, 2 * small.shape[1])), GROUPS)
-
 
 class DecoderLevel(nn.Module):
     def __init__(self, width_in: int, width: int, blocks: int, last: bool) -> None:
@@ -199,10 +190,18 @@ class Encoder(nn.Module):
 
     def in_strips(self, picture: Tensor) -> Tensor:
         """`forward` with less held: at most about the first level's tensor."""
-        x, known = convolved_whole(self.conv_in, picture)
-        for number, level in enumerate(self.levels):
+        x, known = picture, Moments(GROUPS)
+        for level in self.levels:
             assert isinstance(level, EncoderLevel)
-            x, known = level.in_strips(x, known, twice=number == 0)
+            first = level is self.levels[0]
+            for number, block in enumerate(level.blocks):
+                assert isinstance(block, ResidualBlock)
+                if first and number == 0:
+                    x, known = block.of_computed(Convolved(x, lent(self.conv_in)))
+                else:
+                    x, known = block.in_strips(x, known, twice=first)
+            if level.down is not None:
+                x, known = halved_whole(level.down, x)
         x, known = self.middle.in_strips(x, known)
         return convolved_whole(self.conv_out, x, known.affine(self.norm_out))[0]
 
@@ -245,7 +244,7 @@ class Decoder(nn.Module):
                 if number or up is None:
                     x, known = block.in_strips(x, known, twice=last)
                 elif last:
-                    x, known = block.upsampled_in_strips(x, up)
+                    x, known = block.of_computed(Upsampled(x, lent(up)))
                 else:
                     x, known = upsampled_whole(up, x)
                     x, known = block.in_strips(x, known)
@@ -297,6 +296,12 @@ def convolved_whole(layer: Conv2d, x: Tensor, before: Affine | None = None) -> t
     out = x.new_empty(b, layer.out_channels, height, w)
     strips = convolved(strips_of(x, rows_of(x, max(c, layer.out_channels))), lent(layer), height, before)
     return out, written(out, strips, GROUPS if before is None else None)
+
+
+def halved_whole(layer: Conv2d, x: Tensor) -> tuple[Tensor, Moments]:
+    b, c, h, w = x.shape
+    small = x.new_empty(b, c, h // 2, w // 2)
+    return small, written(small, halved(x, lent(layer), rows_of(small, 2 * c)), GROUPS)
 
 
 def upsampled_whole(layer: Conv2d, small: Tensor) -> tuple[Tensor, Moments]:

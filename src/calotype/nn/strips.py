@@ -9,6 +9,7 @@ to know of all rows is gathered while the layer before is written.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -162,41 +163,75 @@ def convolved(strips: Strips, kernel: Kernel, height: int, before: Affine | None
     assert seen == height
 
 
-class Upsampled:
-    """A tensor of twice the size, each pixel repeated, convolved (3x3, padded by one): computed where it is read.
+class Computed(ABC):
+    """What a 3x3 convolution, padded by one, makes of a smaller tensor: computed where it is read, and never held."""
+
+    def __init__(self, of: Tensor, kernel: Kernel) -> None:
+        self.of = of
+        self.kernel = kernel
+        self.channels = kernel.weight.shape[0]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]: ...
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Some of its rows; both numbers are even, or the end."""
+
+    def then(self, last: Kernel) -> Computed:
+        """What a 1x1 convolution makes of this, as one with this."""
+        across = last.weight[:, :, 0, 0]
+        weight = einsum(across, self.kernel.weight, "o m, m c h w -> o c h w")
+        biases = (None if self.kernel.bias is None else across @ self.kernel.bias), last.bias
+        known = [bias for bias in biases if bias is not None]
+        return type(self)(self.of, Kernel(weight, sum(known[1:], known[0]) if known else None))
+
+    def strips(self, rows: int) -> Strips:
+        for start in range(0, self.shape[2], rows):
+            yield self.rows(start, min(start + rows, self.shape[2]))
+
+    def moments(self, groups: int, rows: int) -> Moments:
+        known = Moments(groups)
+        for strip in self.strips(rows):
+            known.add(strip)
+        return known
+
+    def _padded(self, start: int, stop: int) -> Tensor:
+        """Rows of the smaller tensor with one more on each side."""
+        above, below = int(start > 0), int(stop < self.of.shape[2])
+        read = self.of[:, :, start - above : stop + below].to(self.kernel.weight.dtype)
+        return F.pad(read, (1, 1, 1 - above, 1 - below))
+
+
+class Convolved(Computed):
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.of.shape[0], self.channels, self.of.shape[2], self.of.shape[3]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return F.conv2d(self._padded(start, stop), self.kernel.weight, self.kernel.bias)
+
+
+class Upsampled(Computed):
+    """Of twice the size, each pixel repeated before the convolution.
 
     Of the nine pixels under a kernel at most four differ, so each of the four pixels that come of one is a 2x2
     convolution of the small tensor: 4/9 of the products.
     """
 
-    def __init__(self, small: Tensor, kernel: Kernel, after: Kernel | None = None) -> None:
-        """`after`, a 1x1 convolution of the result, is taken into the same kernels."""
-        weight, bias = kernel
-        if after is not None:
-            last = after.weight[:, :, 0, 0]
-            weight = einsum(last, weight, "o m, m c h w -> o c h w")
-            bias = after.bias if bias is None else last @ bias + (0 if after.bias is None else after.bias)
-        self.small = small
-        self.channels = weight.shape[0]
-        self.shape = (small.shape[0], self.channels, 2 * small.shape[2], 2 * small.shape[3])
-        self._bias = bias
+    def __init__(self, of: Tensor, kernel: Kernel) -> None:
+        super().__init__(of, kernel)
+        weight = kernel.weight
         self._kernels = [[_folded(_folded(weight, 2, y), 3, x).contiguous() for x in (0, 1)] for y in (0, 1)]
 
-    def pixels(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Of each four pixels in these rows the first, second, third and fourth ones; both numbers are even."""
-        first, end = start // 2, stop // 2
-        above, below = int(first > 0), int(end < self.small.shape[2])
-        read = self.small[:, :, first - above : end + below].to(self._kernels[0][0].dtype)
-        padded = F.pad(read, (1, 1, 1 - above, 1 - below))
-        rows, width = end - first + 1, self.small.shape[3] + 1
-        for y in (0, 1):
-            for x in (0, 1):
-                yield F.conv2d(padded[:, :, y : y + rows, x : x + width], self._kernels[y][x], self._bias)
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.of.shape[0], self.channels, 2 * self.of.shape[2], 2 * self.of.shape[3]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Some of its rows; both numbers are even."""
         b, c, _, w = self.shape
-        pixels = self.pixels(start, stop)
+        pixels = self._pixels(start, stop)
         made: Tensor | None = None
         for y in (0, 1):
             pair = next(pixels), next(pixels)
@@ -206,16 +241,20 @@ class Upsampled:
         assert made is not None
         return rearrange(made, "b c h two w too -> b c (h two) (w too)")
 
-    def strips(self, rows: int) -> Strips:
-        for start in range(0, self.shape[2], rows):
-            yield self.rows(start, min(start + rows, self.shape[2]))
-
     def moments(self, groups: int, rows: int) -> Moments:
         known = Moments(groups)
         for start in range(0, self.shape[2], rows):
-            for pixels in self.pixels(start, min(start + rows, self.shape[2])):
+            for pixels in self._pixels(start, min(start + rows, self.shape[2])):
                 known.add(pixels)
         return known
+
+    def _pixels(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Of each four pixels in these rows the first, second, third and fourth ones."""
+        padded = self._padded(start // 2, stop // 2)
+        rows, width = (stop - start) // 2 + 1, self.of.shape[3] + 1
+        for y in (0, 1):
+            for x in (0, 1):
+                yield F.conv2d(padded[:, :, y : y + rows, x : x + width], self._kernels[y][x], self.kernel.bias)
 
 
 def _folded(weight: Tensor, axis: int, second: int) -> Tensor:

@@ -154,7 +154,7 @@ def test_upsampling_needs_fewer_products_for_the_same_numbers() -> None:
     wanted = up(nn.functional.interpolate(small, scale_factor=2.0))
     made = torch.cat([*Upsampled(small, lent(up)).strips(4)], dim=2)
     assert torch.allclose(made, wanted, atol=1e-5)
-    both = Upsampled(small, lent(up), lent(after))
+    both = Upsampled(small, lent(up)).then(lent(after))
     assert torch.allclose(both.rows(2, 8), after(wanted)[:, :, 2:8], atol=1e-5)
 
 
