@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from calotype.nn.linear import widened
 
-WHOLE = 2**20  # pixels of pictures that are still taken in one piece
+WHOLE = 2**18  # pixels of pictures that a CPU still takes in one piece: beyond, strips are faster there, and smaller
+WHOLE_ELSEWHERE = 2**20  # where small operations cost more than on a CPU
 STRIP = 2**22  # numbers in a strip: it stays in a large cache, and allocators keep such a size for the next one
 
 Strips = Iterator[Tensor]
@@ -46,7 +47,7 @@ def in_strips(network: nn.Module, x: Tensor, factor: int) -> bool:
 
     Never where gradients are wanted: what they need is not held.
     """
-    if x.shape[0] * x.shape[2] * x.shape[3] * factor**2 <= WHOLE:
+    if x.shape[0] * x.shape[2] * x.shape[3] * factor**2 <= (WHOLE if x.device.type == "cpu" else WHOLE_ELSEWHERE):
         return False
     wanted = x.requires_grad or any(weight.requires_grad for weight in network.parameters())
     return not (torch.is_grad_enabled() and wanted)
