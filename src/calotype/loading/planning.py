@@ -24,10 +24,13 @@ from calotype.families.model import FamilyModel
 from calotype.loading import load
 from calotype.memory.ladder import RUNGS, Rung
 from calotype.memory.plan import USABLE, free_memory, held_bytes
+from calotype.nn import strips
 from calotype.request import Job, Request
 from calotype.sampling.samplers import SAMPLERS, evaluated
 
 T = TypeVar("T")
+
+STRIP = 2**25  # higher strips than are computed, and some hundred megabytes more: each of their operations takes time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,8 @@ def _phases(model: FamilyModel[Any], job: Job) -> tuple[Phase, ...]:
             return torch.cat(both(torch.empty(1, *model.noise_shape(job), device=device), levels[0]))
 
         _, denoising = counted(step)
-        _, decoding = counted(lambda: model.decode(torch.empty(1, *model.noise_shape(job), device=device)))
+        with _high_strips():
+            _, decoding = counted(lambda: model.decode(torch.empty(1, *model.noise_shape(job), device=device)))
 
         def phase(name: str, networks: Sequence[nn.Module], activations: int) -> Phase:
             held: dict[Rung, int] = {rung: sum(held_bytes(net, rung) for net in networks) for rung in RUNGS}
@@ -128,6 +132,16 @@ def _phases(model: FamilyModel[Any], job: Job) -> tuple[Phase, ...]:
             phase("denoise", [model.backbone], denoising),
             phase("decode", [model.vae], decoding),
         )
+
+
+@contextmanager
+def _high_strips() -> Generator[None, None, None]:
+    usual = strips.STRIP
+    strips.STRIP = STRIP
+    try:
+        yield
+    finally:
+        strips.STRIP = usual
 
 
 Counted = Callable[[Callable[[], T]], tuple[T, int]]

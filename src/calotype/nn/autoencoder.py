@@ -14,6 +14,22 @@ from torch import Tensor, nn
 from calotype.nn.attention import attention
 from calotype.nn.conv import Conv2d
 from calotype.nn.linear import Linear
+from calotype.nn.strips import (
+    Affine,
+    Computed,
+    Convolved,
+    Moments,
+    Upsampled,
+    convolved,
+    halved,
+    in_strips,
+    lent,
+    moments_of,
+    plus,
+    rows_of,
+    strips_of,
+    written,
+)
 
 GROUPS = 32
 
@@ -52,6 +68,46 @@ class ResidualBlock(nn.Module):
         y = self.conv2(F.silu(self.norm2(y)))
         return y + (x if self.shortcut is None else self.shortcut(x))
 
+    def in_strips(self, x: Tensor, known: Moments, *, twice: bool = False) -> tuple[Tensor, Moments]:
+        """`forward` of a tensor whose moments are known, and the result's; x is written over where its width stays.
+
+        With `twice` the first convolution is computed once for its moments and again for its values, and nothing but
+        x is held.
+        """
+        height, width = x.shape[2], self.conv2.out_channels
+        rows = rows_of(x, max(x.shape[1], width))
+        first, kernel = known.affine(self.norm1), lent(self.conv1)
+        if twice and self.shortcut is None:
+            between = Moments(GROUPS)
+            for strip in convolved(strips_of(x, rows), kernel, height, first):
+                between.add(strip)
+            again = convolved(strips_of(x, rows), kernel, height, first)
+            made = convolved(again, lent(self.conv2), height, between.affine(self.norm2))
+            return x, written(x, plus(made, lambda start, stop: x[:, :, start:stop]), GROUPS)
+        y = x.new_empty(x.shape[0], width, height, x.shape[3])
+        between = written(y, convolved(strips_of(x, rows), kernel, height, first), GROUPS)
+        made = convolved(strips_of(y, rows), lent(self.conv2), height, between.affine(self.norm2))
+        if self.shortcut is None:
+            return x, written(x, plus(made, lambda start, stop: x[:, :, start:stop]), GROUPS)
+        skip = lent(self.shortcut)
+
+        def skipped(start: int, stop: int) -> Tensor:
+            return F.conv2d(x[:, :, start:stop].to(skip.weight.dtype), skip.weight, skip.bias)
+
+        return y, written(y, plus(made, skipped), GROUPS)
+
+    def of_computed(self, x: Computed) -> tuple[Tensor, Moments]:
+        """`forward` of a tensor that is never held, and the result's moments."""
+        b, width_in, height, w = x.shape
+        width = self.conv2.out_channels
+        y = x.of.new_empty(b, width, height, w)
+        rows = rows_of(y, max(width_in, width))
+        first = x.moments(GROUPS, rows).affine(self.norm1)
+        between = written(y, convolved(x.strips(rows), lent(self.conv1), height, first), GROUPS)
+        skip = x if self.shortcut is None else x.then(lent(self.shortcut))
+        made = convolved(strips_of(y, rows), lent(self.conv2), height, between.affine(self.norm2))
+        return y, written(y, plus(made, skip.rows), GROUPS)
+
 
 class SpatialAttention(nn.Module):
     """One head over all positions."""
@@ -79,6 +135,11 @@ class Middle(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.attention(self.first(x)))
+
+    def in_strips(self, x: Tensor, known: Moments) -> tuple[Tensor, Moments]:
+        x, _ = self.first.in_strips(x, known)
+        x = self.attention(x)
+        return self.second.in_strips(x, moments_of(x, GROUPS))
 
 
 class EncoderLevel(nn.Module):
@@ -127,6 +188,23 @@ class Encoder(nn.Module):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.middle(x))))
 
+    def in_strips(self, picture: Tensor) -> Tensor:
+        """`forward` with less held: at most about the first level's tensor."""
+        x, known = picture, Moments(GROUPS)
+        for level in self.levels:
+            assert isinstance(level, EncoderLevel)
+            first = level is self.levels[0]
+            for number, block in enumerate(level.blocks):
+                assert isinstance(block, ResidualBlock)
+                if first and number == 0:
+                    x, known = block.of_computed(Convolved(x, lent(self.conv_in)))
+                else:
+                    x, known = block.in_strips(x, known, twice=first)
+            if level.down is not None:
+                x, known = halved_whole(level.down, x)
+        x, known = self.middle.in_strips(x, known)
+        return convolved_whole(self.conv_out, x, known.affine(self.norm_out))[0]
+
 
 class Decoder(nn.Module):
     """b z h/8 w/8 -> b 3 h w, about -1..1. `levels` run from the deepest to full resolution."""
@@ -149,6 +227,30 @@ class Decoder(nn.Module):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
+    def in_strips(self, z: Tensor) -> Tensor:
+        """`forward` with less held: at most about the last level's tensor and what it is made of.
+
+        The last level's input, the widest tensor of all, is computed three times in parts and never held. Upsampling
+        as `Upsampled` does it saves what this and `twice` cost.
+        """
+        x, known = convolved_whole(self.conv_in, z)
+        x, known = self.middle.in_strips(x, known)
+        up: Conv2d | None = None
+        for level in self.levels:
+            assert isinstance(level, DecoderLevel)
+            last = level is self.levels[-1]
+            for number, block in enumerate(level.blocks):
+                assert isinstance(block, ResidualBlock)
+                if number or up is None:
+                    x, known = block.in_strips(x, known, twice=last)
+                elif last:
+                    x, known = block.of_computed(Upsampled(x, lent(up)))
+                else:
+                    x, known = upsampled_whole(up, x)
+                    x, known = block.in_strips(x, known)
+            up = level.up
+        return convolved_whole(self.conv_out, x, known.affine(self.norm_out))[0]
+
 
 class Autoencoder(nn.Module):
     """Encoder and decoder between pictures (b 3 h w, 0..1) and scaled latents (b z h/8 w/8)."""
@@ -164,7 +266,12 @@ class Autoencoder(nn.Module):
 
     def encode(self, picture: Tensor) -> Tensor:
         """The mean of the latent Gaussian, scaled; float32."""
-        moments = self.encoder((picture * 2 - 1).to(self.decoder.conv_in.weight.dtype))
+        given = (picture * 2 - 1).to(self.decoder.conv_in.weight.dtype)
+        if in_strips(self, picture, 1):
+            with torch.no_grad():
+                moments = self.encoder.in_strips(given)
+        else:
+            moments = self.encoder(given)
         if self.quant is not None:
             moments = self.quant(moments)
         mean: Tensor = moments.chunk(2, dim=1)[0]
@@ -175,8 +282,32 @@ class Autoencoder(nn.Module):
         z = (latent / self.config.scale + self.config.shift).to(self.decoder.conv_in.weight.dtype)
         if self.post_quant is not None:
             z = self.post_quant(z)
-        picture: Tensor = self.decoder(z)
+        if in_strips(self, latent, self.config.factor):
+            with torch.no_grad():
+                picture = self.decoder.in_strips(z)
+        else:
+            picture = self.decoder(z)
         return picture.float() / 2 + 0.5
+
+
+def convolved_whole(layer: Conv2d, x: Tensor, before: Affine | None = None) -> tuple[Tensor, Moments]:
+    """A convolution of a tensor strip by strip, and the result's moments unless it is the last layer."""
+    b, c, height, w = x.shape
+    out = x.new_empty(b, layer.out_channels, height, w)
+    strips = convolved(strips_of(x, rows_of(x, max(c, layer.out_channels))), lent(layer), height, before)
+    return out, written(out, strips, GROUPS if before is None else None)
+
+
+def halved_whole(layer: Conv2d, x: Tensor) -> tuple[Tensor, Moments]:
+    b, c, h, w = x.shape
+    small = x.new_empty(b, c, h // 2, w // 2)
+    return small, written(small, halved(x, lent(layer), rows_of(small, 2 * c)), GROUPS)
+
+
+def upsampled_whole(layer: Conv2d, small: Tensor) -> tuple[Tensor, Moments]:
+    x = Upsampled(small, lent(layer))
+    out = small.new_empty(x.shape)
+    return out, written(out, x.strips(rows_of(out, 2 * x.channels)), GROUPS)
 
 
 def preview_projection(autoencoder: Autoencoder, seed: int = 0) -> Tensor:

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from calotype.nn import strips
+from calotype.nn.strips import Kept, Strips, convolved, enlarged, in_strips, lent, plus, relu, strided
+
 
 @dataclass(frozen=True, kw_only=True)
 class TinyAutoencoderConfig:
@@ -42,6 +45,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.conv2(F.relu(self.conv1(x))))
         return F.relu(self.conv3(y) + x)
+
+    def in_strips(self, x: Strips, height: int) -> Strips:
+        kept = Kept(x)
+        y = relu(convolved(kept.passing(), lent(self.conv1), height))
+        y = relu(convolved(y, lent(self.conv2), height))
+        return relu(plus(convolved(y, lent(self.conv3), height), kept.take))
 
 
 class Encoder(nn.Module):
@@ -81,8 +90,39 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        # Outliers are squashed softly: latents reach about +-3.
-        return self.layers(torch.tanh(z / 3) * 3)
+        return self.layers(squashed(z))
+
+
+def squashed(z: Tensor) -> Tensor:
+    """Outliers softly so: latents reach about +-3."""
+    return torch.tanh(z / 3) * 3
+
+
+def sequence_in_strips(layers: nn.Sequential, x: Tensor, rows: int) -> Tensor:
+    """A sequence of these layers of x, of which a few rows are in it at a time; float32.
+
+    Nothing is computed twice, and no layer's result is held but the last one's.
+    """
+    height, width = x.shape[2:]
+    made: Strips = iter(x.split(rows, dim=2))
+    channels = 0
+    for layer in layers:
+        if isinstance(layer, Block):
+            made = layer.in_strips(made, height)
+        elif isinstance(layer, nn.Upsample):
+            made, height, width = enlarged(made, 2), 2 * height, 2 * width
+        elif isinstance(layer, nn.ReLU):
+            made = relu(made)
+        else:
+            assert isinstance(layer, nn.Conv2d)
+            channels = layer.out_channels
+            if layer.stride == (2, 2):
+                made, height, width = strided(made, lent(layer), height), (height + 1) // 2, (width + 1) // 2
+            else:
+                made = convolved(made, lent(layer), height)
+    out = torch.empty(x.shape[0], channels, height, width, device=x.device)
+    strips.written(out, made)
+    return out
 
 
 class TinyAutoencoder(nn.Module):
@@ -97,11 +137,24 @@ class TinyAutoencoder(nn.Module):
     def encode(self, picture: Tensor) -> Tensor:
         """Scaled latents; float32."""
         dtype = next(self.encoder.parameters()).dtype
-        z: Tensor = self.encoder(picture.to(dtype))
+        if in_strips(self, picture, 1):
+            with torch.no_grad():
+                z = sequence_in_strips(self.encoder.layers, picture.to(dtype), self._rows(picture, 1))
+        else:
+            z = self.encoder(picture.to(dtype))
         return (z.float() - self.config.shift) * self.config.scale
 
     def decode(self, latent: Tensor) -> Tensor:
         """The picture of a scaled latent; float32, not clipped."""
         dtype = next(self.decoder.parameters()).dtype
-        picture: Tensor = self.decoder((latent / self.config.scale + self.config.shift).to(dtype))
+        z = (latent / self.config.scale + self.config.shift).to(dtype)
+        if in_strips(self, latent, self.config.factor):
+            with torch.no_grad():
+                picture = sequence_in_strips(self.decoder.layers, squashed(z), self._rows(latent, self.config.factor))
+        else:
+            picture = self.decoder(z)
         return picture.float()
+
+    def _rows(self, x: Tensor, factor: int) -> int:
+        """How many of x make a strip of the widest layer, where a pixel of x is `factor` squared there."""
+        return max(strips.STRIP // (x.shape[0] * self.config.width * x.shape[3] * factor**2), 1)
