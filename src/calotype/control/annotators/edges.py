@@ -95,39 +95,42 @@ def lines(pixels: Floats, width: float) -> Floats:
     """h w c in 0..1 -> h w, how much darker than its surroundings a line `width` pixels across is; 0 elsewhere.
 
     H. Kang et al., Coherent Line Drawing, 2007, with the smoothed structure tensor of J. E. Kyprianidis and J. Döllner,
-    Image Abstraction by Structure Adaptive Filtering, 2008, as the flow: a difference of Gaussians across it,
-    averaged along it.
+    Image Abstraction by Structure Adaptive Filtering, 2008, as the flow: a difference of Gaussians across it, in the
+    channel where it is largest, averaged along it. Places one `width` apart are looked at, in a picture blurred by half
+    of that.
     """
-    grey = (pixels @ np.array([0.299, 0.587, 0.114], np.float32)).astype(np.float32)
-    across_x, across_y = _across(pixels, 2.5 * width)
-    rows, columns = np.indices(grey.shape, np.float32)
-    taps = range(-math.ceil(4 * width), math.ceil(4 * width) + 1)
-    narrow, wide = (np.array([math.exp(-(tap**2) / (2 * s**2)) for tap in taps]) for s in (width, 1.6 * width))
+    smooth = np.stack([blurred(channel, width / 2) for channel in np.moveaxis(pixels, 2, 0)], axis=2)
+    across_x, across_y = _across(smooth, 2.5 * width)
+    rows, columns = np.indices(pixels.shape[:2], np.float32)
+    taps = range(-5, 6)
+    narrow, wide = (np.array([math.exp(-(tap**2) / (2 * s**2)) for tap in taps]) for s in (1, 1.6))
     weights = wide / wide.sum() - narrow / narrow.sum()
-    darker = np.zeros_like(grey)
+    darker = np.zeros_like(pixels)
     for tap, weight in zip(taps, weights, strict=True):
-        darker += np.float32(weight) * _sampled(grey, rows + tap * across_y, columns + tap * across_x)
-    return np.maximum(_along(darker, -across_y, across_x, 3 * width), 0)
+        step = np.float32(tap * width)
+        darker += np.float32(weight) * _sampled(smooth, rows + step * across_y, columns + step * across_x)
+    step = np.float32(width)
+    return np.maximum(_along(np.max(darker, axis=2), -step * across_y, step * across_x), 0)
 
 
 def _across(pixels: Floats, spread: float) -> tuple[Floats, Floats]:
     """The direction in which a picture changes most around each place, as a unit vector (x, y)."""
-    dx, dy = gradient(np.stack([blurred(channel, 0.8) for channel in np.moveaxis(pixels, 2, 0)]))
+    dx, dy = gradient(np.moveaxis(pixels, 2, 0))
     xx, xy, yy = (blurred(np.sum(a * b, axis=0), spread) for a, b in ((dx, dx), (dx, dy), (dy, dy)))
     angle = np.arctan2(2 * xy, xx - yy) / 2
     return np.cos(angle), np.sin(angle)
 
 
-def _along(values: Floats, flow_x: Floats, flow_y: Floats, spread: float) -> Floats:
-    """The mean of values along the flow, weighted by a Gaussian."""
+def _along(values: Floats, flow_x: Floats, flow_y: Floats) -> Floats:
+    """The mean of values along the flow, weighted by a Gaussian three of its steps wide."""
     total, weights = values.copy(), 1.0
     for side in (1, -1):
         rows, columns = np.indices(values.shape, np.float32)
         step_x, step_y = side * flow_x, side * flow_y
-        for step in range(1, math.ceil(2 * spread) + 1):
+        for step in range(1, 7):
             rows, columns = rows + step_y, columns + step_x
-            weight = math.exp(-(step**2) / (2 * spread**2))
-            total += np.float32(weight) * _sampled(values, rows, columns)
+            weight = math.exp(-(step**2) / (2 * 3**2))
+            total += np.float32(weight) * _sampled(values[..., None], rows, columns)[..., 0]
             weights += weight
             # A direction has no sign: go on, not back.
             next_x, next_y = _nearest(flow_x, rows, columns), _nearest(flow_y, rows, columns)
@@ -138,21 +141,20 @@ def _along(values: Floats, flow_x: Floats, flow_y: Floats, spread: float) -> Flo
 
 def _nearest(values: Floats, rows: Floats, columns: Floats) -> Floats:
     height, width = values.shape
-    row = np.clip(rows + 0.5, 0, height - 1).astype(np.intp)
-    return values.ravel()[row * width + np.clip(columns + 0.5, 0, width - 1).astype(np.intp)]
+    row, column = ((np.clip(at, 0, end - 1) + 0.5).astype(np.int32) for at, end in ((rows, height), (columns, width)))
+    return values.ravel()[row * width + column]
 
 
 def _sampled(values: Floats, rows: Floats, columns: Floats) -> Floats:
-    """Values between pixels, linearly; outside, those of the border."""
-    height, width = values.shape
+    """h w c between its pixels, linearly; outside, what is at the border."""
+    height, width, channels = values.shape
     rows, columns = np.clip(rows, 0, height - 1), np.clip(columns, 0, width - 1)
-    top, left = rows.astype(np.intp), columns.astype(np.intp)
-    down, right = rows - top.astype(np.float32), columns - left.astype(np.float32)
-    flat, corner = values.ravel(), top * width + left
-    beside = (left < width - 1).astype(np.intp)
-    below = (top < height - 1) * width
+    top, left = rows.astype(np.int32), columns.astype(np.int32)
+    down, right = (rows - top).astype(np.float32)[..., None], (columns - left).astype(np.float32)[..., None]
+    flat, corner = values.reshape(-1, channels), top * width + left
+    beside, below = (left < width - 1).astype(np.int32), (top < height - 1).astype(np.int32) * width
     upper = flat[corner] * (1 - right) + flat[corner + beside] * right
-    corner = corner + below
+    corner += below
     return upper * (1 - down) + (flat[corner] * (1 - right) + flat[corner + beside] * right) * down
 
 
@@ -162,9 +164,8 @@ def soft_edges(pixels: Floats, width: float) -> Floats:
     The geometric mean of scale-normalised slopes (T. Lindeberg, Edge Detection and Ridge Detection with Automatic Scale
     Selection, 1998) over three scales from `width` pixels: contours are steep at all of them, texture at the finest.
     """
-    scales = (width, 2 * width, 4 * width)
     product = np.ones(pixels.shape[:2], np.float32)
-    for scale in scales:
+    for scale in (width, 2 * width, 4 * width):
         dx, dy = gradient(np.stack([blurred(channel, scale) for channel in np.moveaxis(pixels, 2, 0)]))
         product *= np.float32(scale) * np.max(np.hypot(dx, dy), axis=0)
     return np.cbrt(product)

@@ -64,15 +64,15 @@ class Canny(Annotator):
 class Lineart(Annotator):
     """A line drawing, white on black: what is darker than its surroundings, drawn along contours.
 
-    width       of the lines, in 512ths of the picture's shorter side
-    strength    brightness of the lines: higher draws fainter ones too
+    line_width    in 512ths of the picture's shorter side
+    strength      brightness of the lines: higher draws fainter ones too
     """
 
-    width: float = 1.0
+    line_width: float = 1.0
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        real("width", self.width, 0.25, 16)
+        real("line_width", self.line_width, 0.25, 16)
         real("strength", self.strength, 0.01, 100)
 
     def draw(self, picture: Image.Image) -> Image.Image:
@@ -80,7 +80,7 @@ class Lineart(Annotator):
 
         from calotype.control.annotators.edges import lines
 
-        found = lines(_levels(picture), _pixels(picture, self.width))
+        found = lines(_levels(picture), _pixels(picture, self.line_width))
         return _grey(np.tanh(np.maximum(found * self.strength - 0.006, 0) * 40))
 
 
@@ -88,15 +88,15 @@ class Lineart(Annotator):
 class SoftEdge(Annotator):
     """Soft edges, white on black, by slopes at several scales. Not the learned HED: that is `hed`.
 
-    width       of the finest scale, in 512ths of the picture's shorter side
-    strength    brightness of the edges: higher shows fainter ones too
+    line_width    the finest scale, in 512ths of the picture's shorter side
+    strength      brightness of the edges: higher shows fainter ones too
     """
 
-    width: float = 1.0
+    line_width: float = 1.0
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        real("width", self.width, 0.25, 16)
+        real("line_width", self.line_width, 0.25, 16)
         real("strength", self.strength, 0.01, 100)
 
     def draw(self, picture: Image.Image) -> Image.Image:
@@ -104,7 +104,7 @@ class SoftEdge(Annotator):
 
         from calotype.control.annotators.edges import soft_edges
 
-        found = soft_edges(_levels(picture), _pixels(picture, self.width)) * self.strength
+        found = soft_edges(_levels(picture), _pixels(picture, self.line_width)) * self.strength
         # Half white at the slope that one place in ten exceeds; a floor, or a flat picture's noise would be edges.
         half = max(float(np.quantile(found, 0.9)), 0.03)
         return _grey(found**2 / (found**2 + half**2))
@@ -359,8 +359,8 @@ def _levels(picture: Image.Image) -> Floats:
     return np.asarray(picture, dtype=np.float32) / np.float32(255)
 
 
-def _pixels(picture: Image.Image, width: float) -> float:
-    return max(0.5, width * min(picture.size) / 512)
+def _pixels(picture: Image.Image, line_width: float) -> float:
+    return max(0.5, line_width * min(picture.size) / 512)
 
 
 def _grey(levels: Floats) -> Image.Image:
