@@ -136,7 +136,7 @@ def _along(values: Floats, flow_x: Floats, flow_y: Floats) -> Floats:
             next_x, next_y = _nearest(flow_x, rows, columns), _nearest(flow_y, rows, columns)
             turn = np.where(next_x * step_x + next_y * step_y < 0, np.float32(-1), np.float32(1))
             step_x, step_y = turn * next_x, turn * next_y
-    return total / np.float32(weights)
+    return total * np.float32(1 / weights)
 
 
 def _nearest(values: Floats, rows: Floats, columns: Floats) -> Floats:
@@ -153,9 +153,10 @@ def _sampled(values: Floats, rows: Floats, columns: Floats) -> Floats:
     down, right = (rows - top).astype(np.float32)[..., None], (columns - left).astype(np.float32)[..., None]
     flat, corner = values.reshape(-1, channels), top * width + left
     beside, below = (left < width - 1).astype(np.int32), (top < height - 1).astype(np.int32) * width
-    upper = flat[corner] * (1 - right) + flat[corner + beside] * right
+    upper = flat[corner] + (flat[corner + beside] - flat[corner]) * right
     corner += below
-    return upper * (1 - down) + (flat[corner] * (1 - right) + flat[corner + beside] * right) * down
+    lower = flat[corner] + (flat[corner + beside] - flat[corner]) * right
+    return upper + (lower - upper) * down
 
 
 def soft_edges(pixels: Floats, width: float) -> Floats:
@@ -175,8 +176,10 @@ def gradient(values: Floats) -> tuple[Floats, Floats]:
     """The slopes of the last two dimensions, per pixel: (along columns, along rows)."""
     edge = ((0, 0),) * (values.ndim - 2)
     padded = np.pad(values, (*edge, (1, 1), (1, 1)), mode="edge")
-    dx = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
-    return dx, (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+    half = np.float32(0.5)
+    return (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) * half, (
+        padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+    ) * half
 
 
 def blurred(values: Floats, spread: float) -> Floats:

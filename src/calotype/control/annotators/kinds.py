@@ -68,7 +68,7 @@ class Lineart(Annotator):
     strength      brightness of the lines: higher draws fainter ones too
     """
 
-    line_width: float = 1.0
+    line_width: float = 0.7
     strength: float = 1.0
 
     def __post_init__(self) -> None:
@@ -80,8 +80,11 @@ class Lineart(Annotator):
 
         from calotype.control.annotators.edges import lines
 
-        found = lines(_levels(picture), _pixels(picture, self.line_width))
-        return _grey(np.tanh(np.maximum(found * self.strength - 0.006, 0) * 40))
+        small, unit = _at_scale(picture, self.line_width)
+        found = lines(_levels(small), unit)
+        # Bright where one place in twenty is; floors, or a flat picture's noise would be lines.
+        bright = min(max(float(np.quantile(found, 0.95)), 0.012), 0.03)
+        return _grey(np.tanh(np.maximum(found * self.strength / bright - 0.25, 0)), picture.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +107,11 @@ class SoftEdge(Annotator):
 
         from calotype.control.annotators.edges import soft_edges
 
-        found = soft_edges(_levels(picture), _pixels(picture, self.line_width)) * self.strength
-        # Half white at the slope that one place in ten exceeds; a floor, or a flat picture's noise would be edges.
-        half = max(float(np.quantile(found, 0.9)), 0.03)
-        return _grey(found**2 / (found**2 + half**2))
+        small, unit = _at_scale(picture, self.line_width)
+        found = soft_edges(_levels(small), unit)
+        # Half white at the slope that one place in ten exceeds.
+        half = max(float(np.quantile(found, 0.9)), 0.05) / self.strength
+        return _grey(1 - np.reciprocal(1 + np.square(found * np.float32(1 / half))), picture.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +231,8 @@ class Learned(Annotator):
         text("weights", self.weights)
         text("device", self.device)
 
-    def _detect(self, name: str, picture: Image.Image, **options: Any) -> Image.Image:
-        return learned.detect(name, picture, self.resolution, self.weights, self.device, **options)
+    def _detect(self, kind: str, name: str, picture: Image.Image, **options: Any) -> Image.Image:
+        return learned.detect(kind, name, picture, self.resolution, self.weights, self.device, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +252,7 @@ class OpenPose(Learned):
         flag("face", self.face)
 
     def draw(self, picture: Image.Image) -> Image.Image:
-        return self._detect("OpenposeDetector", picture, include_hand=self.hands, include_face=self.face)
+        return self._detect("openpose", "OpenposeDetector", picture, include_hand=self.hands, include_face=self.face)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +260,7 @@ class Normal(Learned):
     """Which way surfaces face, as colours, by the learned BAE (extra `annotators`)."""
 
     def draw(self, picture: Image.Image) -> Image.Image:
-        return self._detect("NormalBaeDetector", picture)
+        return self._detect("normal", "NormalBaeDetector", picture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +268,7 @@ class Hed(Learned):
     """Soft edges, white on black, by the learned HED (extra `annotators`)."""
 
     def draw(self, picture: Image.Image) -> Image.Image:
-        return self._detect("HEDdetector", picture)
+        return self._detect("hed", "HEDdetector", picture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +276,7 @@ class Mlsd(Learned):
     """Straight lines, white on black, by the learned M-LSD (extra `annotators`)."""
 
     def draw(self, picture: Image.Image) -> Image.Image:
-        return self._detect("MLSDdetector", picture)
+        return self._detect("mlsd", "MLSDdetector", picture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +293,7 @@ class LineartLearned(Learned):
         flag("coarse", self.coarse)
 
     def draw(self, picture: Image.Image) -> Image.Image:
-        return self._detect("LineartDetector", picture, coarse=self.coarse)
+        return self._detect("lineart_learned", "LineartDetector", picture, coarse=self.coarse)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +301,7 @@ class LineartAnime(Learned):
     """A line drawing of drawn figures, white on black, learned (extra `annotators`)."""
 
     def draw(self, picture: Image.Image) -> Image.Image:
-        return self._detect("LineartAnimeDetector", picture)
+        return self._detect("lineart_anime", "LineartAnimeDetector", picture)
 
 
 ANNOTATORS: Mapping[str, type[Annotator]] = MappingProxyType(
@@ -356,15 +360,24 @@ def _softened(picture: Image.Image, spread: float) -> Image.Image:
 def _levels(picture: Image.Image) -> Floats:
     import numpy as np
 
-    return np.asarray(picture, dtype=np.float32) / np.float32(255)
+    return np.asarray(picture, dtype=np.float32) * np.float32(1 / 255)
 
 
-def _pixels(picture: Image.Image, line_width: float) -> float:
-    return max(0.5, line_width * min(picture.size) / 512)
+def _at_scale(picture: Image.Image, line_width: float) -> tuple[Image.Image, float]:
+    """The picture, made smaller where lines are wider than a pixel, and how many pixels wide they are in it.
+
+    So work does not grow with the size, and what is found is the same at every size.
+    """
+    unit = line_width * min(picture.size) / 512
+    if unit <= 1:
+        return picture, max(0.5, unit)
+    width, height = (max(1, round(side / unit)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS), 1
 
 
-def _grey(levels: Floats) -> Image.Image:
-    """h w in 0..1 -> RGB."""
+def _grey(levels: Floats, size: tuple[int, int]) -> Image.Image:
+    """h w in 0..1 -> RGB of this size."""
     import numpy as np
 
-    return Image.fromarray(np.rint(np.clip(levels, 0, 1) * 255).astype(np.uint8)).convert("RGB")
+    grey = Image.fromarray(np.rint(np.clip(levels, 0, 1) * 255).astype(np.uint8))
+    return grey.resize(size, Image.Resampling.BICUBIC).convert("RGB")

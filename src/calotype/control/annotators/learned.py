@@ -14,25 +14,25 @@ from PIL import Image
 from calotype.errors import RequestError, SourceNotFound
 
 
-def require(module: str, extra: str) -> Any:
-    """The library. Raises RequestError where it is missing or does not work, with what to do."""
+def require(kind: str, module: str, extra: str) -> Any:
+    """The library that draws this kind. Raises RequestError where it is missing or does not work, with what to do."""
     remedy = f'`pip install "calotype[{extra}]"` brings it'
     if importlib.util.find_spec(module) is None:
-        raise RequestError("kind", module, f"kinds that need no {module}, as it is not installed; {remedy}")
+        raise RequestError("kind", kind, f"kinds that need no {module}, as it is not installed; {remedy}")
     try:
         return importlib.import_module(module)
     except (ImportError, RuntimeError) as error:  # torchvision for another torch raises the second
         why = f"as it does not start ({error})"
         raise RequestError(
-            "kind", module, f"kinds that need no {module}, {why}; {remedy}, with the torchvision that is for your torch"
+            "kind", kind, f"kinds that need no {module}, {why}; {remedy}, with the torchvision that is for your torch"
         ) from error
 
 
 def detect(
-    name: str, picture: Image.Image, resolution: int, weights: str, device: str, **options: Any
+    kind: str, name: str, picture: Image.Image, resolution: int, weights: str, device: str, **options: Any
 ) -> Image.Image:
     """What a detector of controlnet-aux draws, RGB, of the picture's size."""
-    detector = getattr(require("controlnet_aux", "annotators"), name)
+    detector = getattr(require(kind, "controlnet_aux", "annotators"), name)
     try:
         model = detector.from_pretrained(weights).to(device)
     except OSError as error:
@@ -43,7 +43,7 @@ def detect(
 
 def depth(picture: Image.Image, weights: str, device: str) -> Image.Image:
     """What a depth-estimation model of transformers sees, the nearest white, the farthest black."""
-    transformers = require("transformers", "depth")
+    transformers = require("depth", "transformers", "depth")
     import torch
     import torch.nn.functional as F
 
@@ -57,7 +57,7 @@ def depth(picture: Image.Image, weights: str, device: str) -> Image.Image:
         nearness = model(**inputs).predicted_depth.float().cpu()[None]
         nearness = F.interpolate(nearness, (picture.height, picture.width), mode="bicubic", align_corners=False)[0, 0]
         low, high = nearness.min(), nearness.max()
-        levels = (nearness - low) / (high - low).clamp_min(1e-6) * 255
+        levels = (nearness - low) / (high - low).clamp_min(1e-30) * 255
     return Image.fromarray(levels.round().byte().numpy()).convert("RGB")
 
 
