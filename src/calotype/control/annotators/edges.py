@@ -156,7 +156,7 @@ def _sampled(values: Floats, rows: Floats, columns: Floats) -> Floats:
     upper = flat[corner] + (flat[corner + beside] - flat[corner]) * right
     corner += below
     lower = flat[corner] + (flat[corner + beside] - flat[corner]) * right
-    return upper + (lower - upper) * down
+    return (upper + (lower - upper) * down).astype(np.float32, copy=False)
 
 
 def soft_edges(pixels: Floats, width: float) -> Floats:
