@@ -24,35 +24,36 @@ def canny(pixels: Bytes, low: float, high: float) -> NDArray[np.bool_]:
     of the channel where it is largest, whole numbers throughout): the same pixels as `cv2.Canny(pixels, low, high)`.
     Edges above `high` are kept, and those above `low` that touch a kept one.
     """
-    padded = np.pad(pixels.astype(np.int32), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    padded = np.pad(pixels.astype(np.int16), ((1, 1), (1, 1), (0, 0)), mode="edge")
     rows = padded[:-2] + 2 * padded[1:-1] + padded[2:]
     columns = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
     dx, dy = rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]
     steepest = np.argmax(np.abs(dx) + np.abs(dy), axis=2)[..., None]
     dx, dy = (np.take_along_axis(slope, steepest, axis=2)[..., 0] for slope in (dx, dy))
-    found = np.where(_is_crest(dx, dy), np.abs(dx) + np.abs(dy), 0)
-    return _connected(found > math.floor(low), found > math.floor(high))
+    slope = np.abs(dx) + np.abs(dy)
+    found = _crests(dx, dy, slope, slope > math.floor(low))
+    return _connected(found, found & (slope > math.floor(high)))
 
 
-def _is_crest(dx: NDArray[np.int32], dy: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Where the slope is not less than on either side across the edge; of two equal neighbours, the former."""
-    height, width = dx.shape
-    across, along = np.abs(dx), np.abs(dy)
-    slope = across + along
-    around = np.pad(slope, 1)
-
-    def beside(row: int, column: int) -> NDArray[np.int32]:
-        return around[1 + row : 1 + row + height, 1 + column : 1 + column + width]
-
-    # 64 bits: 15 for the tangent on top of 2040.
-    rise, flat = along.astype(np.int64) << 15, across.astype(np.int64) * TAN_22_5
-    steep = flat + (across.astype(np.int64) << 16)  # tan 67.5 = tan 22.5 + 2
-    falling = (dx < 0) != (dy < 0)
-    before = np.where(falling, beside(-1, 1), beside(-1, -1))
-    after = np.where(falling, beside(1, -1), beside(1, 1))
-    crest = (slope > before) & (slope > after)
-    crest = np.where(rise > steep, (slope > beside(-1, 0)) & (slope >= beside(1, 0)), crest)
-    return np.where(rise < flat, (slope > beside(0, -1)) & (slope >= beside(0, 1)), crest)
+def _crests(
+    dx: NDArray[np.int16], dy: NDArray[np.int16], slope: NDArray[np.int16], among: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Those where the slope is not less than on either side across the edge; of two equal neighbours, the former."""
+    around = np.pad(slope, 1).ravel()
+    rows, columns = np.nonzero(among)
+    stride = slope.shape[1] + 2
+    place = (rows + 1) * stride + columns + 1
+    dx, dy, here = dx[among], dy[among], slope[among]
+    # 15 bits for the tangent on top of 2040.
+    across = np.abs(dx).astype(np.int64)
+    rise, flat = np.abs(dy).astype(np.int64) << 15, across * TAN_22_5
+    level, steep = rise < flat, rise > flat + (across << 16)  # tan 67.5 = tan 22.5 + 2
+    slant = np.where((dx < 0) != (dy < 0), stride - 1, stride + 1)
+    step = np.where(level, 1, np.where(steep, stride, slant))
+    before, after = around[place - step], around[place + step]
+    found = np.zeros_like(among)
+    found[rows, columns] = (here > before) & ((here > after) | ((level | steep) & (here == after)))
+    return found
 
 
 def _connected(candidates: NDArray[np.bool_], strong: NDArray[np.bool_]) -> NDArray[np.bool_]:
