@@ -838,7 +838,7 @@ def test_columns_are_aligned_and_empty_ones_left_out() -> None:
 # ---- help
 
 
-@pytest.mark.parametrize("command", ["", "generate", "info", "convert", "models", "doctor"])
+@pytest.mark.parametrize("command", ["", "generate", "info", "convert", "models", "annotate", "doctor"])
 def test_help_is_as_it_was_written(command: str, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words only: frames, colours and the names of types are typer's. `CALOTYPE_WRITE_HELP=1` writes them anew."""
     for name, value in (("COLUMNS", "100"), ("TERM", "dumb"), ("NO_COLOR", "1")):
