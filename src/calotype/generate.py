@@ -6,20 +6,26 @@ frees all that it held.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Generic, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from calotype.errors import NonFiniteImage, OutOfMemory
+from calotype.checkpoint.files import Weights
+from calotype.errors import NonFiniteImage, OutOfMemory, RequestError, UnexpectedKeys
+from calotype.families.adapters import misfit
 from calotype.families.model import FamilyModel
 from calotype.image import embed_metadata, input_picture, to_pil, to_tensor
+from calotype.lora.attach import Adapters
+from calotype.lora.files import UNTOLD, find
 from calotype.memory.ladder import Rung, out_of_memory
 from calotype.request import Job, Request
 from calotype.sampling.guidance import guided, guided_both
@@ -162,13 +168,16 @@ class PromptCache(Generic[C]):
 
 def _conditioned(model: FamilyModel[C], prompts: Sequence[str], job: Job, cache: PromptCache[C]) -> list[C]:
     """What each prompt becomes; the encoders are needed for those alone that are not remembered."""
-    keys = [(model.content, number > 0, model.conditioned_by(job), prompt) for number, prompt in enumerate(prompts)]
+    adapted = None if model.adapters is None else model.adapters.text
+    of = (model.content, adapted, model.conditioned_by(job))
+    keys = [(*of, number > 0, prompt) for number, prompt in enumerate(prompts)]
     known = {key: cache.get(key) for key in keys}
     if None in known.values():
-        with model.memory.holding(*model.encoders):
+        encoding = nullcontext() if model.adapters is None else model.adapters.encoding()
+        with model.memory.holding(*model.encoders), encoding:
             for key, value in known.items():
                 if value is None:
-                    known[key] = value = model.condition(key[-1], job, negative=key[1])
+                    known[key] = value = model.condition(key[-1], job, negative=key[-2])
                     cache.put(key, value)
     return [value for key in keys if (value := known[key]) is not None]
 
@@ -243,6 +252,52 @@ class Model(Generic[C]):
     def name(self) -> str:
         """Family and variant: flux/dev."""
         return f"{self.family.family}/{self.family.variant}"
+
+    @property
+    def attached(self) -> dict[str, float]:
+        """The adapters attached, by name, each with its strength."""
+        adapters = self.family.adapters
+        return {} if adapters is None else {name: adapters[name].scale for name in adapters.names}
+
+    def attach(self, file: str | os.PathLike[str], scale: float = 1.0, name: str | None = None) -> str:
+        """Attach a LoRA (LoCon, DoRA, LoHa, LoKr) to the model, `scale` times as strong as it was trained to be.
+
+        `file` is a path, a folder that PEFT or diffusers wrote, or the name of a file in CALOTYPE_HOME/loras. The name
+        that it is attached under is returned: by default the file's, with a number where that is taken.
+
+        Raises a LoadError for a file that is not sound, UnexpectedKeys for one that belongs to another family, which
+        is named; RequestError for a name or scale that cannot be. The model is then as it was.
+        """
+        adapters = self._adapters()
+        path = find(file)
+        weights = Weights.of(str(file), [path])
+        if name is None:
+            stem = path.stem if path.stem not in UNTOLD else path.parent.name or path.stem
+            taken = set(adapters.names)
+            name = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}-{k}") not in taken)
+        try:
+            adapters.attach(weights, name=name, scale=scale)
+        except UnexpectedKeys as error:
+            raise UnexpectedKeys(error.source, error.layout, error.keys, misfit(weights, self.family.family)) from error
+        return name
+
+    def scale(self, name: str, value: float) -> None:
+        """Change an attached adapter's strength; 0 is without it, while the file stays at hand."""
+        self._adapters().scale(name, value)
+
+    def detach(self, name: str) -> None:
+        """Take an adapter away: the model's numbers are those of before, bit for bit."""
+        self._adapters().detach(name)
+
+    def _adapters(self) -> Adapters:
+        adapters = self.family.adapters
+        if adapters is None or not adapters.applies_to(self.family.backbone):
+            raise RequestError(
+                "loras", self.name, "none with this model: its backend holds weights of its own; load it with torch"
+            )
+        if self.family.memory.busy:
+            raise RequestError("loras", self.name, "a change between jobs: finish or close the one that runs first")
+        return adapters
 
     def stream(self, request: Request) -> Events:
         """Progress and pictures as they come; close the iterator to stop early."""
