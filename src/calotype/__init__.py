@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from calotype.generate import Lowered, Model, Picture, Progress
     from calotype.image import read_metadata, save
     from calotype.loading import Description, describe, load
-    from calotype.request import Request, Size
+    from calotype.request import HighRes, Region, Request, Size
     from calotype.version import VERSION as __version__
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "DamagedFile",
     "Description",
     "GenerationError",
+    "HighRes",
     "LoadError",
     "Lowered",
     "MetadataError",
@@ -55,6 +56,7 @@ __all__ = [
     "OutputError",
     "Picture",
     "Progress",
+    "Region",
     "Request",
     "RequestError",
     "Size",
@@ -73,10 +75,12 @@ __all__ = [
 
 _HOMES = {
     "Description": "loading",
+    "HighRes": "request",
     "Lowered": "generate",
     "Model": "generate",
     "Picture": "generate",
     "Progress": "generate",
+    "Region": "request",
     "Request": "request",
     "Size": "request",
     "describe": "loading",

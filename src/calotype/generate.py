@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -23,13 +24,15 @@ from calotype.checkpoint.files import Weights
 from calotype.errors import NonFiniteImage, OutOfMemory, RequestError, UnexpectedKeys
 from calotype.families.adapters import misfit
 from calotype.families.model import FamilyModel
-from calotype.image import embed_metadata, input_picture, to_pil, to_tensor
+from calotype.image import embed_metadata, input_picture, mask_picture, mask_tensor, to_pil, to_tensor
 from calotype.lora.attach import Adapters
 from calotype.lora.files import UNTOLD, find
 from calotype.memory.ladder import Rung, out_of_memory
-from calotype.request import Job, Request
+from calotype.request import Job, Request, resized
 from calotype.sampling.guidance import guided, guided_both
-from calotype.sampling.samplers import SAMPLERS, Denoise, Sampler, evaluated
+from calotype.sampling.levels import Level
+from calotype.sampling.samplers import SAMPLERS, Denoise, Step, evaluated
+from calotype.sampling.spatial import Box, Regional, Tile, boxes, keeping, regional, tiled
 
 C = TypeVar("C")
 
@@ -43,6 +46,8 @@ class Progress:
     step: int  # from 1
     steps: int
     preview: Callable[[], Image.Image]
+    stage: int = 0  # 0 for the picture at its first size, then its passes at higher resolutions
+    stages: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,7 @@ Events = Generator[Event, None, None]
 def stream(
     model: FamilyModel[C], request: Request, *, cache: PromptCache[C] | None = None, batched_guidance: bool = True
 ) -> Events:
-    """Draw `request.count` pictures, one after another: `steps` of Progress, then a Picture, for each.
+    """Draw `request.count` pictures, one after another: for each the steps of all stages, then a Picture.
 
     A picture that runs out of memory is begun anew one rung lower on the memory ladder, which an event says.
 
@@ -85,8 +90,13 @@ def stream(
 
     Raises RequestError before any work, NonFiniteImage instead of a black picture, OutOfMemory on the last rung.
     """
-    picture = None if request.input_image is None else input_picture(request.input_image)
-    job = request.complete(model.defaults, seed=secrets.randbelow(2**32), picture=picture)
+    job = request.complete(
+        model.defaults,
+        seed=secrets.randbelow(2**32),
+        picture=None if request.input_image is None else input_picture(request.input_image),
+        mask=None if request.mask_image is None else mask_picture(request.mask_image),
+        region_masks=[mask_picture(region.mask, f"regions[{k}].mask") for k, region in enumerate(request.regions)],
+    )
     cache = PromptCache() if cache is None else cache
     done = 0
     while done < job.count:
@@ -113,33 +123,101 @@ def stream(
 
 def _pictures(model: FamilyModel[C], job: Job, cache: PromptCache[C], batched_guidance: bool, *, first: int) -> Events:
     """The pictures of a job from number `first` on."""
-    sampler = SAMPLERS[job.sampler]
-    levels = model.levels(job)
-    prompts = [job.prompt] if job.cfg_scale == 1 else [job.prompt, job.negative_prompt]
-    positive, *negative = _conditioned(model, prompts, job, cache)
-    begun = _encoded(model, job)
-    with ExitStack() as stack:
-        stack.enter_context(model.memory.holding(model.backbone))
-        denoise = _denoiser(model, job, sampler, positive, negative, batched_guidance)
-        for k in range(first, job.count):
-            if k > first:
-                stack.enter_context(model.memory.holding(model.backbone))
-            noise = _noise(job.seed + k, (1, *model.noise_shape(job)), model.device)
-            top = levels.path[0]
-            x = model.start(job, levels, noise) if begun is None else top.alpha * begun + top.sigma * noise()
-            for step in sampler(denoise, x, levels, noise):
-                x = step.x
-                yield Progress(
-                    picture=k,
-                    pictures=job.count,
-                    step=step.number,
-                    steps=step.total,
-                    preview=lambda clean=step.clean: _preview(model, clean),
-                )
-            stack.close()  # the decoder may need the room
-            with model.memory.holding(model.vae):
-                decoded = model.decode(x)
-            yield _picture(model, decoded, job, k)
+    stages = _read(model, _stages(model, job), cache)
+    input_latents = None if job.input_image is None else _encoded(model, job.input_image)
+    denoisers: dict[int, Denoise] = {}
+    for k in range(first, job.count):
+        x = input_latents
+        for number, stage in enumerate(stages):
+            if number:
+                assert x is not None
+                x = _enlarged(model, x, stage.job, job.high_res[number - 1].upscaler, job.seed + k)
+            with model.memory.holding(model.backbone):
+                if number not in denoisers:
+                    denoisers[number] = _denoiser(model, stage, batched_guidance)
+                for step in _steps(model, stage.job, denoisers[number], x, job.seed + k):
+                    x = step.x
+                    yield Progress(
+                        picture=k,
+                        pictures=job.count,
+                        step=step.number,
+                        steps=step.total,
+                        preview=lambda clean=step.clean: _preview(model, clean),
+                        stage=number,
+                        stages=len(stages),
+                    )
+        assert x is not None
+        yield _picture(model, _decoded(model, x, job.seed + k), job, k)
+
+
+class _Part(NamedTuple, Generic[C]):
+    """A tile of a stage, or all of it: a job of its own, and what its prompts became."""
+
+    box: Box
+    job: Job
+    positive: C
+    negative: C | None
+    regions: tuple[C, ...]
+
+
+class _Stage(NamedTuple, Generic[C]):
+    """One pass over a picture."""
+
+    job: Job
+    parts: tuple[_Part[C], ...]
+
+
+def _stages(model: FamilyModel[C], job: Job) -> list[tuple[Job, list[tuple[Box, Job]]]]:
+    """The job at each of its sizes, and the tiles of each."""
+    jobs = [job, *(job.at(stage) for stage in job.high_res)]
+    return [(each, [(box, each.within(box, _scale(model, each))) for box in _boxes(model, each)]) for each in jobs]
+
+
+def _scale(model: FamilyModel[C], job: Job) -> int:
+    """Pixels a side of one latent."""
+    return job.height // model.noise_shape(job)[1]
+
+
+def _boxes(model: FamilyModel[C], job: Job) -> tuple[Box, ...]:
+    _, height, width = model.noise_shape(job)
+    if not job.tiled or job.tile_size is None or job.tile_stride is None:
+        return (Box(0, 0, height, width),)
+    scale = _scale(model, job)
+    return boxes(height, width, job.tile_size // scale, job.tile_stride // scale)
+
+
+def _read(
+    model: FamilyModel[C], stages: Sequence[tuple[Job, list[tuple[Box, Job]]]], cache: PromptCache[C]
+) -> tuple[_Stage[C], ...]:
+    """Encode all prompts, while the encoders are there."""
+    asked: dict[Hashable, tuple[str, Job, bool]] = {}
+    adapted = None if model.adapters is None else model.adapters.text
+
+    def key(prompt: str, job: Job, *, negative: bool = False) -> Hashable:
+        made = (model.content, adapted, negative, model.conditioned_by(job), prompt)
+        asked.setdefault(made, (prompt, job, negative))
+        return made
+
+    keys = [
+        (
+            key(job.prompt, job),
+            None if job.cfg_scale == 1 else key(job.negative_prompt, job, negative=True),
+            tuple(key(region.prompt, job) for region in job.regions),
+        )
+        for _, parts in stages
+        for _, job in parts
+    ]
+    known = _conditioned(model, asked, cache)
+    found = iter(keys)
+    read: list[_Stage[C]] = []
+    for stage, parts in stages:
+        made: list[_Part[C]] = []
+        for box, job in parts:
+            positive, negative, regions = next(found)
+            without = None if negative is None else known[negative]
+            made.append(_Part(box, job, known[positive], without, tuple(known[region] for region in regions)))
+        read.append(_Stage(stage, tuple(made)))
+    return tuple(read)
 
 
 class PromptCache(Generic[C]):
@@ -166,47 +244,91 @@ class PromptCache(Generic[C]):
         self._held.clear()
 
 
-def _conditioned(model: FamilyModel[C], prompts: Sequence[str], job: Job, cache: PromptCache[C]) -> list[C]:
-    """What each prompt becomes; the encoders are needed for those alone that are not remembered."""
-    adapted = None if model.adapters is None else model.adapters.text
-    of = (model.content, adapted, model.conditioned_by(job))
-    keys = [(*of, number > 0, prompt) for number, prompt in enumerate(prompts)]
-    known = {key: cache.get(key) for key in keys}
-    if None in known.values():
+def _conditioned(
+    model: FamilyModel[C], asked: Mapping[Hashable, tuple[str, Job, bool]], cache: PromptCache[C]
+) -> dict[Hashable, C]:
+    """What prompts become, by key; the encoders are needed for those alone that are not remembered."""
+    known = {key: value for key in asked if (value := cache.get(key)) is not None}
+    if len(known) < len(asked):
         encoding = nullcontext() if model.adapters is None else model.adapters.encoding()
         with model.memory.holding(*model.encoders), encoding:
-            for key, value in known.items():
-                if value is None:
-                    known[key] = value = model.condition(key[-1], job, negative=key[-2])
-                    cache.put(key, value)
-    return [value for key in keys if (value := known[key]) is not None]
+            for key, (prompt, job, negative) in asked.items():
+                if key not in known:
+                    known[key] = model.condition(prompt, job, negative=negative)
+                    cache.put(key, known[key])
+    return known
 
 
-def _encoded(model: FamilyModel[C], job: Job) -> Tensor | None:
-    """The input image's clean latents; None where there is none."""
-    if job.input_image is None:
-        return None
+def _encoded(model: FamilyModel[C], picture: Image.Image) -> Tensor:
+    """A picture's clean latents."""
     with model.memory.holding(model.vae):
-        return model.encode(to_tensor(job.input_image)[None].to(model.device))
+        return model.encode(to_tensor(picture)[None].to(model.device))
 
 
-def _denoiser(
-    model: FamilyModel[C], job: Job, sampler: Sampler, positive: C, negative: Sequence[C], batched: bool
-) -> Denoise:
-    """The job's Denoise: the family's own, under classifier-free guidance where the job asks for it."""
-    asked = evaluated(sampler, model.levels(job))
-    if not negative:
-        return model.denoiser(positive, asked, job)
-    if batched:
-        both = model.both(positive, negative[0], asked, job)
+def _decoded(model: FamilyModel[C], x: Tensor, seed: int) -> Image.Image:
+    with model.memory.holding(model.vae):
+        decoded = model.decode(x)
+    if not decoded.isfinite().all():
+        raise NonFiniteImage(
+            f"seed {seed}: the decoded picture holds NaN or infinity; load the model with dtype='float32' "
+            "(or 'bfloat16'): float16 overflows in some networks"
+        )
+    return to_pil(decoded[0])
+
+
+def _enlarged(model: FamilyModel[C], x: Tensor, job: Job, upscaler: str, seed: int) -> Tensor:
+    """The latents of a stage before, at the size of this one."""
+    if upscaler == "latent":
+        return F.interpolate(x, size=model.noise_shape(job)[1:], mode="bilinear")
+    return _encoded(model, resized(_decoded(model, x, seed), job.size))
+
+
+def _denoiser(model: FamilyModel[C], stage: _Stage[C], batched: bool) -> Denoise:
+    """The Denoise of a stage, made of those of its tiles."""
+    levels = evaluated(SAMPLERS[stage.job.sampler], model.levels(stage.job))
+    alike: dict[Hashable, Denoise] = {}
+    tiles: list[Tile] = []
+    for part in stage.parts:
+        # Tiles of one size that are told the same are one picture to the network.
+        same = (part.job.size, model.conditioned_by(part.job), part.box if part.regions else None)
+        if same not in alike:
+            alike[same] = _of_part(model, part, levels, batched)
+        tiles.append(Tile(part.box, alike[same]))
+    _, height, width = model.noise_shape(stage.job)
+    return tiles[0].denoise if len(tiles) == 1 else tiled(tiles, height, width)
+
+
+def _of_part(model: FamilyModel[C], part: _Part[C], levels: Sequence[Level], batched: bool) -> Denoise:
+    """The family's own Denoise, with prompts for regions, under classifier-free guidance where the job asks for it."""
+    job = part.job
+    if part.negative is not None and not part.regions and batched:
+        both = model.both(part.positive, part.negative, levels, job)
         return guided_both(both, job.cfg_scale, job.cfg_rescale, model.prediction)
-    return guided(
-        model.denoiser(positive, asked, job),
-        model.denoiser(negative[0], asked, job),
-        job.cfg_scale,
-        job.cfg_rescale,
-        model.prediction,
-    )
+    positive = model.denoiser(part.positive, levels, job)
+    if part.regions:
+        _, height, width = model.noise_shape(job)
+        weights = [
+            region.scale * mask_tensor(mask, height, width).to(model.device)
+            for region, mask in zip(job.regions, job.region_masks, strict=True)
+        ]
+        denoisers = [model.denoiser(conditioning, levels, job) for conditioning in part.regions]
+        positive = regional(positive, [Regional(*pair) for pair in zip(denoisers, weights, strict=True)])
+    if part.negative is None:
+        return positive
+    negative = model.denoiser(part.negative, levels, job)
+    return guided(positive, negative, job.cfg_scale, job.cfg_rescale, model.prediction)
+
+
+def _steps(model: FamilyModel[C], job: Job, denoise: Denoise, begun: Tensor | None, seed: int) -> Iterator[Step]:
+    """The steps of one stage, from clean latents taken back to noise in part, or from noise alone."""
+    levels = model.levels(job)
+    noise = _noise(seed, (1, *model.noise_shape(job)), model.device)
+    top = levels.path[0]
+    x = model.start(job, levels, noise) if begun is None else top.alpha * begun + top.sigma * noise()
+    if begun is not None and job.mask_image is not None:
+        mask = mask_tensor(job.mask_image, *x.shape[2:]).to(model.device)
+        denoise = keeping(denoise, begun, mask)
+    return SAMPLERS[job.sampler](denoise, x, levels, noise)
 
 
 def _noise(seed: int, shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
@@ -219,14 +341,12 @@ def _preview(model: FamilyModel[C], clean: Tensor) -> Image.Image:
         return to_pil(model.preview(clean).nan_to_num(0.5)[0])
 
 
-def _picture(model: FamilyModel[C], decoded: Tensor, job: Job, k: int) -> Picture:
-    if not decoded.isfinite().all():
-        raise NonFiniteImage(
-            f"seed {job.seed + k}: the decoded picture holds NaN or infinity; load the model with dtype='float32' "
-            "(or 'bfloat16'): float16 overflows in some networks"
-        )
+def _picture(model: FamilyModel[C], image: Image.Image, job: Job, k: int) -> Picture:
     own = replace(job, seed=job.seed + k, count=1)
-    image = to_pil(decoded[0])
+    if job.keep_unmasked:
+        assert job.input_image is not None
+        assert job.mask_image is not None
+        image = Image.composite(image, job.input_image, job.mask_image)
     embed_metadata(image, own, model=f"{model.family}/{model.variant}", source=model.source)
     return Picture(image=image, job=own, seed=own.seed)
 

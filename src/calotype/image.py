@@ -70,21 +70,46 @@ def open_picture(path: str | Path, field: str = "picture") -> Image.Image:
     return picture
 
 
+def mask_picture(given: str | os.PathLike[str] | Image.Image, field: str = "mask_image") -> Image.Image:
+    """A mask, grey: opened if it is a path, turned as its camera was held, black where it is clear.
+
+    Raises RequestError naming what cannot be read.
+    """
+    picture = _opened(given, field)
+    if picture.has_transparency_data:
+        black = Image.new("RGBA", picture.size, "black")
+        picture = Image.alpha_composite(black, picture.convert("RGBA"))
+    return picture.convert("L")
+
+
+def mask_tensor(mask: Image.Image, height: int, width: int) -> Tensor:
+    """A grey picture as 1 1 h w in 0..1, float32: of each place the mean of what the mask has there."""
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+
+    values = torch.from_numpy(np.asarray(mask.convert("L"), dtype=np.float32) / 255)[None, None]
+    return F.adaptive_avg_pool2d(values, (height, width))
+
+
 def input_picture(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """A picture to start from: opened if it is a path, turned as its camera was held, on white where it is clear.
 
     Raises RequestError naming what cannot be read.
     """
-    if isinstance(given, str) and given.startswith(FINGERPRINT):
-        raise RequestError(
-            "input_image", given, "the picture itself (--input-image FILE): this is only the mark by which it is known"
-        )
-    picture = given if isinstance(given, Image.Image) else open_picture(Path(given), "input_image")
-    picture = ImageOps.exif_transpose(picture)
+    picture = _opened(given, "input_image")
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
     return picture.convert("RGB")
+
+
+def _opened(given: str | os.PathLike[str] | Image.Image, field: str) -> Image.Image:
+    if isinstance(given, str) and given.startswith(FINGERPRINT):
+        option = f"--{field.split('[')[0].replace('_', '-')} FILE"
+        raise RequestError(field, given, f"the picture itself ({option}): this is only the mark by which it is known")
+    picture = given if isinstance(given, Image.Image) else open_picture(Path(given), field)
+    return ImageOps.exif_transpose(picture)
 
 
 def _unreadable(field: str, path: str | Path, why: str) -> RequestError:
@@ -111,6 +136,8 @@ def a1111_parameters(job: Job, model: str) -> str:
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",
         "Denoising strength": None if job.denoising_strength is None else f"{job.denoising_strength:g}",
+        "Mask blur": job.mask_feather or None,
+        "Hires resize": f"{job.high_res[-1].width}x{job.high_res[-1].height}" if job.high_res else None,
         "Clip skip": job.clip_skip,
         "Model": model,
         "Version": f"Calotype {VERSION}",

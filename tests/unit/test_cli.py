@@ -194,7 +194,8 @@ def test_names_are_made_of_the_words_of_a_prompt(prompt: str, name: str) -> None
 def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
     loader: Loader, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Image.new("RGB", (48, 16)).save("start.png")
+    for name, width in (("start", 32), ("mask", 32), ("left", 48)):
+        Image.new("RGB", (width, 16)).save(f"{name}.png")
     asked: dict[str, Any] = {
         "negative_prompt": "snow",
         "width": 48,
@@ -212,6 +213,10 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
         "clip_skip": 3,
         "input_image": "start.png",
         "denoising_strength": 0.25,
+        "mask_image": "mask.png",
+        "mask_feather": 2,
+        "tile_size": 32,
+        "tile_stride": 16,
         "original_width": 1001,
         "original_height": 1002,
         "crop_left": 4,
@@ -219,7 +224,26 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
         "target_width": 1006,
         "target_height": 1007,
     }
-    assert {"prompt", *asked} == {field.name for field in fields(Request)}
+    # Spelt otherwise on the command line than among plain values.
+    spelt: dict[str, tuple[list[str], Any]] = {
+        "extend": (["--extend", "0,0,16,0"], [0, 0, 16, 0]),
+        "tiled": (["--tiled"], True),
+        "regions": (
+            ["--region", "left.png=a bear@2.5", "--region", "left.png=a man @ home"],
+            [
+                {"prompt": "a bear", "mask": "left.png", "scale": 2.5},
+                {"prompt": "a man @ home", "mask": "left.png", "scale": 1.0},
+            ],
+        ),
+        "high_res": (
+            ["--high-res", "64x32", "--high-res", "96x48@0.25@1@latent"],
+            [
+                {"width": 64, "height": 32, "strength": 0.5, "upscaler": "lanczos"},
+                {"width": 96, "height": 48, "strength": 0.25, "steps": 1, "upscaler": "latent"},
+            ],
+        ),
+    }
+    assert {"prompt", "keep_unmasked", *asked, *spelt} == {field.name for field in fields(Request)}
     requests: list[Request] = []
     stream = loader.model.stream
 
@@ -230,7 +254,9 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
 
     monkeypatch.setattr(loader.model, "stream", watched)
     words = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += [word for given, _ in spelt.values() for word in given]
     assert main(["generate", "a fox", *words]) == 0
+    asked |= {name: value for name, (_, value) in spelt.items()}
     assert [request.to_dict() for request in requests] == [{"prompt": "a fox", **asked}]
     left_out = ("clip_skip", *SIZES)
     kept = {name: value for name, value in asked.items() if name not in left_out}
@@ -858,6 +884,8 @@ class Progress:
     step: int
     steps: int
     picture: int = 0
+    stage: int = 0
+    stages: int = 1
 
 @dataclass
 class Picture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calotype.errors import OutputError
-from calotype.image import check_writable, input_picture, read_metadata, save
-from calotype.request import Request, Size, fingerprint, resized
+from calotype.errors import OutputError, RequestError
+from calotype.image import check_writable, input_picture, mask_picture, read_metadata, save
+from calotype.request import Request, Size, extended, fingerprint, resized
 
 if TYPE_CHECKING:
     from calotype.cli.progress import Silent
@@ -29,9 +30,16 @@ def _option(panel: str, metavar: str, text: str) -> Any:
     return typer.Option(metavar=metavar, help=text, rich_help_panel=panel, show_default=False)
 
 
-_picture, _sampling, _told, _model, _output = (
-    partial(_option, panel) for panel in ("Picture", "Sampling", "What SDXL is told of the picture", "Model", "Output")
-)
+def _named(name: str, panel: str, metavar: str, text: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=text, rich_help_panel=panel, show_default=False)
+
+
+def _flag(panel: str, text: str) -> Any:
+    return typer.Option(help=text, rich_help_panel=panel, show_default=False)
+
+
+_PANELS = ("Picture", "Sampling", "Large pictures", "What SDXL is told of the picture", "Model", "Output")
+_picture, _sampling, _large, _told, _model, _output = (partial(_option, panel) for panel in _PANELS)
 
 
 def generate(
@@ -59,6 +67,39 @@ def generate(
     ] = None,
     denoising_strength: Annotated[
         float | None, _picture("X", "Above 0 to 1: how far --input-image is taken back to noise.")
+    ] = None,
+    mask_image: Annotated[
+        Path | None, _picture("FILE", "Draw anew what is white in this picture, of the --input-image.")
+    ] = None,
+    mask_feather: Annotated[int | None, _picture("PIXELS", "Soften the mask's edge over so many.")] = None,
+    keep_unmasked: Annotated[
+        bool | None, _flag("Picture", "Leave the other pixels of the input image as they are, bit for bit.")
+    ] = None,
+    extend: Annotated[
+        str | None, _picture("LEFT,TOP,RIGHT,BOTTOM", "Draw so many pixels beyond the --input-image.")
+    ] = None,
+    regions: Annotated[
+        list[str] | None,
+        _named(
+            "--region", "Picture", "MASK=PROMPT[@SCALE]", "A prompt for what is white in MASK; repeat it for others."
+        ),
+    ] = None,
+    high_res: Annotated[
+        list[str] | None,
+        _named(
+            "--high-res",
+            "Large pictures",
+            "WxH[@STRENGTH[@STEPS[@UPSCALER]]]",
+            "Draw over the finished picture at this size; repeat it for larger ones. Strength 0.5, the same steps, and "
+            "lanczos (or latent) if not given.",
+        ),
+    ] = None,
+    tiled: Annotated[
+        bool | None, _flag("Large pictures", "See the picture in overlapping tiles: for sizes beyond the model's own.")
+    ] = None,
+    tile_size: Annotated[int | None, _large("PIXELS", "A side of a tile; the model's usual size if not given.")] = None,
+    tile_stride: Annotated[
+        int | None, _large("PIXELS", "From one tile to the next; three quarters of one if not given.")
     ] = None,
     original_width: Annotated[int | None, _told("PIXELS", "Width before the picture was scaled.")] = None,
     original_height: Annotated[int | None, _told("PIXELS", "Height, likewise.")] = None,
@@ -112,7 +153,10 @@ def generate(
     """
     # Options carry the names of Request's fields, so that one added there cannot be forgotten here.
     values = {field.name: context.params[field.name] for field in fields(Request)}
-    given = {name: value for name, value in values.items() if value is not None}
+    given = {name: value for name, value in values.items() if value is not None and value != []}
+    for name, read in READ.items():
+        if name in given:
+            given[name] = read(given[name])
     sources, drawn_by = model or [], None
     if like is not None:
         old, record = read_metadata(like)
@@ -125,8 +169,13 @@ def generate(
         raise typer.BadParameter("give a PROMPT, or --like PNG to repeat a picture")
     else:
         request = Request.from_dict(given)
+    # Not to find out after loading that they cannot be read.
     if request.input_image is not None:
-        input_picture(request.input_image)  # not to find out after loading that it cannot be read
+        input_picture(request.input_image)
+    if request.mask_image is not None:
+        mask_picture(request.mask_image)
+    for number, region in enumerate(request.regions):
+        mask_picture(region.mask, f"regions[{number}].mask")
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
@@ -200,14 +249,57 @@ def _changed(old: Request, record: dict[str, Any]) -> bool:
     known = record.get("started_from")
     if old.input_image is None or known is None or old.width is None or old.height is None:
         return False
-    return fingerprint(resized(input_picture(old.input_image), Size(old.width, old.height))) != known
+    picture, size = input_picture(old.input_image), Size(old.width, old.height)
+    if old.extend is not None:
+        picture, _ = extended(picture, None, old.extend, size)
+    return fingerprint(resized(picture, size)) != known
+
+
+def _extension(text: str) -> list[int]:
+    """LEFT,TOP,RIGHT,BOTTOM"""
+    found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if found is None:
+        raise RequestError("extend", text, "LEFT,TOP,RIGHT,BOTTOM in pixels, as 0,0,256,0")
+    return [int(side) for side in found.groups()]
+
+
+def _regions(texts: list[str]) -> list[dict[str, Any]]:
+    """MASK=PROMPT[@SCALE], each."""
+    made: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        mask, equals, rest = text.partition("=")
+        if not (mask and equals):
+            raise RequestError(f"regions[{number}]", text, 'MASK=PROMPT[@SCALE], as left.png="a red fox@2"')
+        found = re.fullmatch(r"(.*)@(\d+(?:\.\d+)?)", rest, re.DOTALL)
+        values = {"prompt": rest} if found is None else {"prompt": found[1], "scale": float(found[2])}
+        made.append({"mask": mask, **values})
+    return made
+
+
+def _high_res(texts: list[str]) -> list[dict[str, Any]]:
+    """WxH[@STRENGTH[@STEPS[@UPSCALER]]], each."""
+    made: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        found = re.fullmatch(r"(\d+)[xX](\d+)(?:@(\d*\.?\d+)(?:@(\d+)(?:@(\w+))?)?)?", text)
+        if found is None:
+            allowed = "WIDTHxHEIGHT[@STRENGTH[@STEPS[@UPSCALER]]], as 2048x2048@0.5@20"
+            raise RequestError(f"high_res[{number}]", text, allowed)
+        kinds = {"width": int, "height": int, "strength": float, "steps": int, "upscaler": str}
+        pairs = zip(kinds.items(), found.groups(), strict=True)
+        made.append({name: kind(value) for (name, kind), value in pairs if value is not None})
+    return made
+
+
+READ: dict[str, Callable[[Any], Any]] = {"extend": _extension, "regions": _regions, "high_res": _high_res}
 
 
 def _storage(given: list[str] | None) -> dict[str, str]:
     """PART=TYPE, or TYPE for what is worth it, as `load` takes them."""
+    if not given:
+        return {}
     from calotype.loading.storage import ALL
 
-    return {part or ALL: kind for part, _, kind in (text.rpartition("=") for text in given or ())}
+    return {part or ALL: kind for part, _, kind in (text.rpartition("=") for text in given)}
 
 
 def _note(text: str) -> None:

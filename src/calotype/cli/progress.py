@@ -44,7 +44,11 @@ class Lines(Silent):
 
     @contextmanager
     def picture(self, number: int, count: int) -> Generator[Stepper, None, None]:
-        yield lambda event: typer.echo(f"picture {number + 1}/{count}: step {event.step}/{event.steps}", err=True)
+        def step(event: Progress) -> None:
+            stage = f"stage {event.stage + 1}/{event.stages}, " if event.stages > 1 else ""
+            typer.echo(f"picture {number + 1}/{count}: {stage}step {event.step}/{event.steps}", err=True)
+
+        yield step
 
 
 class Bars(Silent):
@@ -67,7 +71,9 @@ class Bars(Silent):
             task = bar.add_task("reading the prompt" if number == 0 else name, total=None)
 
             def step(event: Progress) -> None:
-                now = "decoding" if event.step == event.steps else name
+                now = name if event.stage == 0 else f"{name}, stage {event.stage + 1} of {event.stages}"
+                if event.step == event.steps:
+                    now = "decoding"
                 bar.update(task, description=now, completed=event.step, total=event.steps)
 
             yield step

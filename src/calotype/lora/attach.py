@@ -31,7 +31,7 @@ from calotype.lora.targets import Adaptable, Resolver, for_encoder
 from calotype.memory.ladder import Memory
 from calotype.nn.conv import Conv2d
 from calotype.nn.linear import Linear
-from calotype.nn.stored import Stored, StoredConv2d, StoredLinear
+from calotype.nn.stored import Stored, StoredConv2d
 
 LARGEST = 100.0  # strengths beyond it only make noise
 
@@ -204,10 +204,10 @@ class Adapters:
         if held is None:
             return False
         module = site.module
-        device = module.weight.device  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType]
+        now: nn.Parameter = module.weight  # pyright: ignore[reportAssignmentType]
         original = held.original
-        if original.device != device:
-            original = nn.Parameter(original.to(device), requires_grad=False)  # pyright: ignore[reportUnknownArgumentType]
+        if original.device != now.device:
+            original = nn.Parameter(original.to(now.device), requires_grad=False)
         module.weight = original
         return True
 
@@ -378,7 +378,7 @@ def _placed(change: Change, bound: Bound, source: Source, weights: Weights, grou
     return found
 
 
-def _digest(digest: hashlib._Hash, layer: str, change: Change) -> None:
+def _digest(digest: hashlib.blake2b, layer: str, change: Change) -> None:
     """Take a change's content into what tells it."""
     digest.update(f"{layer} {type(change).__name__} {change.factor}".encode())
     for value in vars(change).values():

@@ -121,7 +121,7 @@ class Hadamard(Change):
 
 @dataclass(frozen=True, kw_only=True)
 class Kronecker(Change):
-    """The Kronecker product of `outer` (a b) and `inner` (c d k l): a weight of a·c rows, b·d columns and the kernel."""
+    """The Kronecker product of `outer` (a b) and `inner` (c d k l): a·c rows, b·d columns and the kernel."""
 
     outer: Tensor
     inner: Tensor

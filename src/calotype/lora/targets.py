@@ -117,7 +117,7 @@ class Names:
 
 
 class Resolver:
-    """Finds the weights that names mean in a set of networks, for one file: where layouts differ, as most of it does."""
+    """Finds the weights that one file's names mean in a set of networks; where layouts differ, as most names do."""
 
     def __init__(self, networks: Iterable[Adaptable], names: Iterable[str]) -> None:
         self._networks = tuple(networks)

@@ -1,0 +1,113 @@
+"""What a request is made of beside single values: regions, passes at higher resolutions.
+
+Each part checks itself when built, and goes to and from plain values as the request does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from calotype.errors import RequestError
+from calotype.request.checks import MAX_SIDE, MAX_STEPS, picture, real, text, whole
+from calotype.request.pictures import is_picture, name_of
+
+if TYPE_CHECKING:
+    from calotype.request.pictures import PictureSource
+
+MAX_PARTS = 64
+UPSCALERS = ("lanczos", "latent")
+
+
+class Part:
+    """One of several things of a kind in a request."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without those left open; a picture is named by its path or its fingerprint."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
+        return {
+            name: name_of(value) if is_picture(value) else value for name, value in values.items() if value is not None
+        }
+
+
+P = TypeVar("P", bound=Part)
+
+
+def parts_of(kind: type[P], field: str, given: object) -> tuple[P, ...]:
+    """Parts as they are, or of plain values; errors name the one that is wrong, as regions[1].mask."""
+    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
+        raise RequestError(field, given, f"a list of {kind.__name__}, or of their values")
+    items: Sequence[object] = given  # pyright: ignore[reportUnknownVariableType]
+    if len(items) > MAX_PARTS:
+        raise RequestError(field, f"{len(items)} of them", f"at most {MAX_PARTS}")
+    return tuple(_part(kind, f"{field}[{number}]", item) for number, item in enumerate(items))
+
+
+def _part(kind: type[P], field: str, given: object) -> P:
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise RequestError(field, given, f"{kind.__name__}, or its values by name")
+    values: Mapping[Any, Any] = given
+    known = [each.name for each in fields(kind)]  # pyright: ignore[reportArgumentType]
+    for name in values:
+        if name not in known:
+            raise RequestError(f"{field}.{name}", values[name], "one of the fields " + ", ".join(known))
+    try:
+        return kind(**values)
+    except RequestError as error:
+        raise RequestError(f"{field}.{error.field}", error.value, error.allowed) from None
+    except TypeError:
+        raise RequestError(field, dict(values), f"all that {kind.__name__} needs: {', '.join(known)}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region(Part):
+    """A prompt for a place in the picture.
+
+    prompt   what to draw there
+    mask     where: a picture (or its path), white for the place, resized to the job's size; greys are in between
+    scale    how much it counts there, against 1 for the request's own prompt, which counts everywhere
+    """
+
+    prompt: str
+    mask: PictureSource
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        text("prompt", self.prompt)
+        picture("mask", self.mask)
+        real("scale", self.scale, 0, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HighRes(Part):
+    """A pass over the picture at a higher resolution: enlarge, go back to noise in part, denoise again.
+
+    width, height   pixels, multiples of the family's grain
+    strength        0..1, exclusive of 0: how far the enlarged picture is taken back to noise
+    steps           sampling steps over that part of the way; None: those of the request
+    upscaler        "lanczos" enlarges the picture, "latent" the latents (softer, without decoding between)
+    tiled           whether the network sees the picture in tiles; None: as the request has it
+    """
+
+    width: int
+    height: int
+    strength: float = 0.5
+    steps: int | None = None
+    upscaler: str = "lanczos"
+    tiled: bool | None = None
+
+    def __post_init__(self) -> None:
+        whole("width", self.width, 1, MAX_SIDE)
+        whole("height", self.height, 1, MAX_SIDE)
+        real("strength", self.strength, 0, 1)
+        if self.strength == 0:
+            raise RequestError("strength", self.strength, "more than 0: nothing of the picture would change")
+        if self.steps is not None:
+            whole("steps", self.steps, 1, MAX_STEPS)
+        if self.upscaler not in UPSCALERS:
+            raise RequestError("upscaler", self.upscaler, "one of " + ", ".join(UPSCALERS))
+        if self.tiled is not None and not isinstance(self.tiled, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError("tiled", self.tiled, "True, False or None")

@@ -1,0 +1,207 @@
+"""Pictures from pictures, by place: inpainting, outpainting, regions, tiles and passes at higher resolutions."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import calotype
+from calotype.errors import RequestError
+from calotype.generate import Model, Picture, Progress
+from calotype.image import read_metadata, save
+from calotype.request import HighRes, Region, Request
+
+SIDE = 128
+FIELDS: dict[str, Any] = {"prompt": "a red apple", "seed": 3, "steps": 3}
+
+
+@cache
+def model() -> Model[Any]:
+    return calotype.load()
+
+
+@pytest.fixture(scope="module")
+def apple() -> Image.Image:
+    return one(**FIELDS)
+
+
+def one(**fields: Any) -> Image.Image:
+    drawn = model().generate(Request(**fields))
+    assert isinstance(drawn, Image.Image)
+    return drawn
+
+
+def mask(*box: int, side: int = SIDE) -> Image.Image:
+    made = Image.new("L", (side, side))
+    ImageDraw.Draw(made).rectangle(box, fill=255)
+    return made
+
+
+def pixels(picture: Image.Image) -> np.ndarray[Any, Any]:
+    return np.asarray(picture, dtype=int)
+
+
+def test_only_what_is_masked_is_drawn_anew(apple: Image.Image) -> None:
+    left = mask(0, 0, SIDE // 2 - 1, SIDE)
+    fields = FIELDS | {"prompt": "a blue car", "seed": 4, "input_image": apple, "mask_image": left}
+    drawn = pixels(one(**fields))
+    changed = abs(drawn - pixels(apple))
+    again = abs(pixels(one(**FIELDS | {"input_image": apple, "denoising_strength": 0.001})) - pixels(apple))
+    assert changed[:, : SIDE // 2].mean() > 10
+    # Beyond what the decoder smears over the border, no more than going through the autoencoder changes.
+    assert changed[:, SIDE * 3 // 4 :].mean() < 1.5 * again[:, SIDE * 3 // 4 :].mean() + 0.5
+    kept = pixels(one(**fields, keep_unmasked=True))
+    assert np.array_equal(kept[:, SIDE // 2 :], pixels(apple)[:, SIDE // 2 :])
+    assert np.array_equal(kept[:, : SIDE // 2], drawn[:, : SIDE // 2])
+
+
+def test_a_white_mask_is_no_mask_and_a_black_one_leaves_everything(apple: Image.Image) -> None:
+    fields = FIELDS | {"seed": 4, "input_image": apple, "denoising_strength": 0.6}
+    white = one(**fields, mask_image=Image.new("L", (SIDE, SIDE), 255))
+    assert np.array_equal(pixels(white), pixels(one(**fields)))
+    black = one(**fields, mask_image=Image.new("L", (SIDE, SIDE)), keep_unmasked=True)
+    assert np.array_equal(pixels(black), pixels(apple))
+
+
+def test_a_feathered_mask_goes_over_softly(apple: Image.Image) -> None:
+    fields = FIELDS | {"prompt": "a blue car", "input_image": apple, "mask_image": mask(0, 0, 63, 128)}
+    softly = pixels(one(**fields, keep_unmasked=True, mask_feather=16))
+    hard = pixels(one(**fields, keep_unmasked=True))
+    assert np.array_equal(softly[:, 96:], pixels(apple)[:, 96:])
+    changed = abs(softly - pixels(apple))[:, 64:72].mean()
+    assert changed > 0
+    assert not np.array_equal(softly[:, :64], hard[:, :64])
+
+
+def test_a_picture_is_extended_and_kept(apple: Image.Image) -> None:
+    drawn = one(**FIELDS, input_image=apple, extend=(0, 0, 60, 0), keep_unmasked=True)
+    assert drawn.size == (192, SIDE)  # the grain's next multiple
+    assert np.array_equal(pixels(drawn)[:, :SIDE], pixels(apple))
+    down = one(**FIELDS, input_image=apple, extend=[16, 32, 0, 0], keep_unmasked=True)
+    assert down.size[0] % 16 == down.size[1] % 16 == 0
+    assert np.array_equal(pixels(down)[32 : 32 + SIDE, 16 : 16 + SIDE], pixels(apple))
+
+
+def test_metadata_repeats_what_was_asked(apple: Image.Image, tmp_path: Path) -> None:
+    for name, picture in (("apple", apple), ("mask", mask(0, 0, 63, 128))):
+        picture.save(tmp_path / f"{name}.png")
+    fields = FIELDS | {
+        "input_image": str(tmp_path / "apple.png"),
+        "mask_image": str(tmp_path / "mask.png"),
+        "mask_feather": 4,
+        "extend": (0, 0, 64, 0),
+        "keep_unmasked": True,
+        "regions": [{"prompt": "a blue car", "mask": str(tmp_path / "mask.png"), "scale": 2.0}],
+        "tiled": True,
+    }
+    drawn = one(**fields)
+    save(drawn, tmp_path / "out.png")
+    request, record = read_metadata(tmp_path / "out.png")
+    assert record["job"]["regions"] == [{"prompt": "a blue car", "mask": str(tmp_path / "mask.png"), "scale": 2.0}]
+    assert np.array_equal(pixels(one(**vars(request))), pixels(drawn))
+
+
+def test_a_region_that_counts_for_everything_is_its_prompt(apple: Image.Image) -> None:
+    everywhere = Image.new("L", (SIDE, SIDE), 255)
+    drawn = one(
+        **FIELDS | {"prompt": "a blue car"}, regions=[Region(prompt="a red apple", mask=everywhere, scale=1000)]
+    )
+    assert abs(pixels(drawn) - pixels(apple)).mean() < 1
+    nowhere = one(**FIELDS, regions=[Region(prompt="a blue car", mask=everywhere, scale=0)])
+    assert abs(pixels(nowhere) - pixels(apple)).max() <= 1
+
+
+def test_regions_differ_by_place(apple: Image.Image) -> None:
+    car = one(**FIELDS | {"prompt": "a blue car"})
+    left = Region(prompt="a blue car", mask=mask(0, 0, 63, 128), scale=1000.0)
+    drawn = pixels(one(**FIELDS, regions=(left,)))
+
+    def apart(other: Image.Image, columns: slice) -> float:
+        return float(abs(drawn - pixels(other))[:, columns].mean())
+
+    assert apart(car, slice(0, 48)) < apart(apple, slice(0, 48))
+    assert apart(apple, slice(80, 128)) < apart(car, slice(80, 128))
+
+
+def test_a_tile_as_large_as_the_picture_is_the_picture(apple: Image.Image) -> None:
+    assert np.array_equal(pixels(one(**FIELDS, tiled=True, tile_size=SIDE)), pixels(apple))
+    wide = FIELDS | {"width": 256, "height": 128}
+    plain = one(**wide)
+    tiled = one(**wide, tiled=True, tile_size=128, tile_stride=64)
+    assert tiled.size == (256, 128)
+    assert not np.array_equal(pixels(tiled), pixels(plain))
+
+
+def test_a_pass_at_a_higher_resolution_is_a_start_from_the_picture(apple: Image.Image) -> None:
+    drawn = one(**FIELDS, high_res=[HighRes(width=192, height=192, strength=0.4, steps=2)])
+    by_hand = one(**FIELDS | {"steps": 2, "width": 192, "height": 192, "input_image": apple, "denoising_strength": 0.4})
+    assert drawn.size == (192, 192)
+    assert np.array_equal(pixels(drawn), pixels(by_hand))
+    latent = one(**FIELDS, high_res=[{"width": 192, "height": 192, "strength": 0.4, "upscaler": "latent"}])
+    assert latent.size == (192, 192)
+    assert not np.array_equal(pixels(latent), pixels(drawn))
+
+
+def test_progress_counts_stages(apple: Image.Image) -> None:
+    request = Request(
+        **FIELDS, count=2, high_res=[{"width": 160, "height": 160, "steps": 1}, {"width": 192, "height": 192}]
+    )
+    events = list(model().stream(request))
+    told = [(e.picture, e.stage, e.step, e.steps, e.stages) for e in events if isinstance(e, Progress)]
+    first = [(0, 0, n, 3, 3) for n in (1, 2, 3)] + [(0, 1, 1, 1, 3)] + [(0, 2, n, 3, 3) for n in (1, 2, 3)]
+    assert told == first + [(1, *rest) for _, *rest in first]
+    pictures = [event.image for event in events if isinstance(event, Picture)]
+    assert [picture.size for picture in pictures] == [(192, 192)] * 2
+    second = one(**FIELDS | {"seed": 4}, high_res=request.high_res)
+    assert np.array_equal(pixels(pictures[1]), pixels(second))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"mask_image": "mask.png"}, "mask_image: .*without an input_image"),
+        ({"extend": (0, 0, 8, 0)}, "extend: .*without an input_image"),
+        ({"mask_feather": 4}, "mask_feather: .*without a mask_image"),
+        ({"keep_unmasked": True}, "keep_unmasked: .*without a mask_image"),
+        ({"input_image": "a.png", "extend": (0, 0, 0, 0)}, "extend: .*not all 0"),
+        ({"input_image": "a.png", "extend": (0, -1, 0, 0)}, "extend: got -1"),
+        ({"input_image": "a.png", "extend": "0,0,8,0"}, "extend: .*four whole numbers"),
+        ({"input_image": "a.png", "mask_image": 5}, "mask_image: got 5"),
+        ({"tile_size": 64}, "tile_size: .*nothing is tiled"),
+        ({"tiled": 1}, "tiled: got 1"),
+        ({"regions": "left"}, "regions: .*a list of Region"),
+        ({"regions": [{"prompt": "a"}]}, r"regions\[0\]: .*all that Region needs"),
+        ({"regions": [{"prompt": "a", "mask": 7}]}, r"regions\[0\]\.mask: got 7"),
+        ({"regions": [{"prompt": "a", "mask": "m.png", "scale": -1}]}, r"regions\[0\]\.scale: got -1"),
+        ({"regions": [{"prompt": "a", "mask": "m.png", "weight": 1}]}, r"regions\[0\]\.weight: .*one of the fields"),
+        ({"high_res": [{"width": 64, "height": 64}, {"width": 64}]}, r"high_res\[1\]: "),
+        ({"high_res": [{"width": 64, "height": 64, "strength": 0}]}, r"high_res\[0\]\.strength: got 0"),
+        ({"high_res": [{"width": 64, "height": 64, "upscaler": "magic"}]}, r"upscaler: .*lanczos, latent"),
+    ],
+)
+def test_what_means_nothing_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        Request(prompt="a fox", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tiled": True, "tile_size": 72}, "tile_size: .*multiples of 32"),
+        ({"tiled": True, "tile_size": 64, "tile_stride": 96}, "tile_stride: .*gaps"),
+        ({"high_res": [{"width": 100, "height": 128}]}, r"high_res\[0\]\.width: .*multiples"),
+    ],
+)
+def test_what_the_family_cannot_draw_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        one(**FIELDS, **fields)
+
+
+def test_an_extended_picture_has_its_own_size(apple: Image.Image) -> None:
+    with pytest.raises(RequestError, match="width: got 256; allowed: None with extend: 192x128 follows"):
+        one(**FIELDS, input_image=apple, extend=(0, 0, 64, 0), width=256)
