@@ -75,13 +75,15 @@ def adapted(pipeline: Any, form: Form, file: Path, **config: Any) -> None:
     metadata: dict[str, Any] = {}
     rng = torch.Generator().manual_seed(11)
     for name, modules in form.targets.items():
+        if config.get("use_dora") and name.startswith("text"):
+            continue  # transformers 5 loses these magnitudes when it loads them
         module = copy.deepcopy(getattr(pipeline, name))  # the pipeline itself stays plain
         settings = peft.LoraConfig(r=4, target_modules=modules, init_lora_weights=True, **config)
         peft.inject_adapter_in_model(settings, module)
         with torch.no_grad():
             for key, parameter in module.named_parameters():
                 if "lora_A" in key or "lora_B" in key:
-                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
+                    parameter.copy_(0.15 * torch.randn(parameter.shape, generator=rng))
                 elif "lora_magnitude" in key:
                     parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=rng))
         layers[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(module)
