@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Se
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
+from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ from calotype.image import embed_metadata, input_picture, mask_picture, mask_ten
 from calotype.lora.attach import Adapters
 from calotype.lora.files import UNTOLD, find
 from calotype.memory.ladder import Rung, out_of_memory
-from calotype.request import Job, Request, resized
+from calotype.request import Job, Lora, Request, resized
 from calotype.sampling.guidance import guided, guided_both
 from calotype.sampling.levels import Level
 from calotype.sampling.samplers import SAMPLERS, Denoise, Step, evaluated
@@ -97,6 +98,7 @@ def stream(
         mask=None if request.mask_image is None else mask_picture(request.mask_image),
         region_masks=[mask_picture(region.mask, f"regions[{k}].mask") for k, region in enumerate(request.regions)],
     )
+    _wear(model, job.loras)
     cache = PromptCache() if cache is None else cache
     done = 0
     while done < job.count:
@@ -148,6 +150,40 @@ def _pictures(model: FamilyModel[C], job: Job, cache: PromptCache[C], batched_gu
                     )
         assert x is not None
         yield _picture(model, _decoded(model, x, job.seed + k), job, k)
+
+
+def _wear(model: FamilyModel[C], loras: Sequence[Lora]) -> None:
+    """Have the model draw with a request's LoRAs; what an earlier one asked for stays where this one has it too."""
+    adapters = model.adapters
+    if not loras and (adapters is None or not adapters.worn):
+        return
+    able = _adapters(model)
+    wanted: dict[str, float] = {}
+    for number, lora in enumerate(loras):
+        path = str(find(lora.file).resolve())
+        if path in wanted:
+            raise RequestError(f"loras[{number}]", str(lora.file), "each file once; add up its scales")
+        wanted[path] = lora.scale
+    try:
+        able.wear(wanted, lambda path: Weights.of(path, [Path(path)]))
+    except UnexpectedKeys as error:
+        raise _advised(model, error, Weights.of(error.source, [Path(error.source)])) from error
+
+
+def _adapters(model: FamilyModel[C]) -> Adapters:
+    """What attaches adapters to a model. RequestError where it cannot have any, or not now."""
+    adapters = model.adapters
+    name = f"{model.family}/{model.variant}"
+    if adapters is None or not adapters.applies_to(model.backbone):
+        raise RequestError("loras", name, "none for it: its backend holds weights of its own; load it with torch")
+    if model.memory.busy:
+        raise RequestError("loras", name, "a change between jobs: finish or close the one that runs first")
+    return adapters
+
+
+def _advised(model: FamilyModel[C], error: UnexpectedKeys, weights: Weights) -> UnexpectedKeys:
+    """The error of a file that does not fit, with the family that it does fit."""
+    return UnexpectedKeys(error.source, error.layout, error.keys, misfit(weights, model.family))
 
 
 class _Part(NamedTuple, Generic[C]):
@@ -388,7 +424,7 @@ class Model(Generic[C]):
         Raises a LoadError for a file that is not sound, UnexpectedKeys for one that belongs to another family, which
         is named; RequestError for a name or scale that cannot be. The model is then as it was.
         """
-        adapters = self._adapters()
+        adapters = _adapters(self.family)
         path = find(file)
         weights = Weights.of(str(file), [path])
         if name is None:
@@ -398,26 +434,16 @@ class Model(Generic[C]):
         try:
             adapters.attach(weights, name=name, scale=scale)
         except UnexpectedKeys as error:
-            raise UnexpectedKeys(error.source, error.layout, error.keys, misfit(weights, self.family.family)) from error
+            raise _advised(self.family, error, weights) from error
         return name
 
     def scale(self, name: str, value: float) -> None:
         """Change an attached adapter's strength; 0 is without it, while the file stays at hand."""
-        self._adapters().scale(name, value)
+        _adapters(self.family).scale(name, value)
 
     def detach(self, name: str) -> None:
         """Take an adapter away: the model's numbers are those of before, bit for bit."""
-        self._adapters().detach(name)
-
-    def _adapters(self) -> Adapters:
-        adapters = self.family.adapters
-        if adapters is None or not adapters.applies_to(self.family.backbone):
-            raise RequestError(
-                "loras", self.name, "none with this model: its backend holds weights of its own; load it with torch"
-            )
-        if self.family.memory.busy:
-            raise RequestError("loras", self.name, "a change between jobs: finish or close the one that runs first")
-        return adapters
+        _adapters(self.family).detach(name)
 
     def stream(self, request: Request) -> Events:
         """Progress and pictures as they come; close the iterator to stop early."""

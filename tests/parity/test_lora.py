@@ -117,8 +117,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
 
 
-@pytest.mark.parametrize("memory", ["resident", "stream"])
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(("dora", "memory"), [(False, "resident"), (True, "stream")], ids=["lora", "dora-apart"])
 @pytest.mark.parametrize("name", FORMS)
 def test_the_picture_with_a_lora_is_diffusers(name: str, dora: bool, memory: str, tmp_path: Path) -> None:
     form = FORMS[name]

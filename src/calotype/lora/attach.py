@@ -34,6 +34,7 @@ from calotype.nn.linear import Linear
 from calotype.nn.stored import Stored, StoredConv2d
 
 LARGEST = 100.0  # strengths beyond it only make noise
+WORN = "\0"  # begins the names of what requests ask for: no user's name does, and they come first
 
 _encoding: ContextVar[Adapters | None] = ContextVar("_encoding", default=None)
 
@@ -84,7 +85,7 @@ class Adapters:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._held)
+        return tuple(name for name in self._held if not name.startswith(WORN))
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self._held:
@@ -121,6 +122,27 @@ class Adapters:
             self._settle(adapter.changes)
             raise
         return adapter
+
+    @property
+    def worn(self) -> tuple[str, ...]:
+        """The files that `wear` attached."""
+        return tuple(name.removeprefix(WORN) for name in self._held if name.startswith(WORN))
+
+    def wear(self, wanted: Mapping[str, float], opened: Callable[[str], Weights]) -> None:
+        """Attach these files, each with its scale, and detach what an earlier call attached and this one does not name.
+
+        They go by their paths, beside adapters with names. Where one does not load, none of the earlier is lost.
+        """
+        for path, scale in wanted.items():
+            _checked(scale)
+            if path in self.worn:
+                if self[WORN + path].scale != scale:
+                    self.scale(WORN + path, scale)
+            else:
+                self.attach(opened(path), name=WORN + path, scale=scale)
+        for path in self.worn:
+            if path not in wanted:
+                self.detach(WORN + path)
 
     def scale(self, name: str, value: float) -> None:
         """Change an adapter's strength; 0 is without it, and the file stays at hand."""
