@@ -228,6 +228,10 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
     spelt: dict[str, tuple[list[str], Any]] = {
         "extend": (["--extend", "0,0,16,0"], [0, 0, 16, 0]),
         "tiled": (["--tiled"], True),
+        "loras": (
+            ["--lora", "ink.safetensors@0.5", "--lora", "line.safetensors"],
+            [{"file": "ink.safetensors", "scale": 0.5}, {"file": "line.safetensors", "scale": 1.0}],
+        ),
         "regions": (
             ["--region", "left.png=a bear@2.5", "--region", "left.png=a man @ home"],
             [
@@ -244,13 +248,15 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
         ),
     }
     assert {"prompt", "keep_unmasked", *asked, *spelt} == {field.name for field in fields(Request)}
+    for name in ("ink", "line"):
+        Path(f"{name}.safetensors").touch()
     requests: list[Request] = []
     stream = loader.model.stream
 
     def watched(request: Request) -> Events:
         requests.append(request)
         # This model has no use for these.
-        return stream(replace(request, clip_skip=None, **dict.fromkeys(SIZES)))
+        return stream(replace(request, clip_skip=None, loras=(), **dict.fromkeys(SIZES)))
 
     monkeypatch.setattr(loader.model, "stream", watched)
     words = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -258,7 +264,7 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
     assert main(["generate", "a fox", *words]) == 0
     asked |= {name: value for name, (_, value) in spelt.items()}
     assert [request.to_dict() for request in requests] == [{"prompt": "a fox", **asked}]
-    left_out = ("clip_skip", *SIZES)
+    left_out = ("clip_skip", "loras", *SIZES)
     kept = {name: value for name, value in asked.items() if name not in left_out}
     assert read_metadata(capsys.readouterr().out.strip())[0].to_dict() == {"prompt": "a fox", **kept}
 
