@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from torch import nn
+from functools import cache
 
 from calotype.checkpoint.files import Weights
 from calotype.errors import LoadError
@@ -26,6 +25,8 @@ def fitting(weights: Weights) -> tuple[str, ...]:
     fits: dict[str, float] = {}
     for family in FAMILIES:
         for one in _published(family):
+            if fits.get(family.name) == 1:
+                break
             resolver = Resolver([one], layers)
             sound = 0
             for layer in layers:
@@ -56,14 +57,20 @@ def misfit(weights: Weights, family: str) -> str:
 
 def _published(family: Family) -> Iterator[Adaptable]:
     """The backbones of a family that files are known of, on meta."""
+    pieces = [piece for manifest in family.manifests for piece in manifest.parts]
     seen: set[object] = set()
-    for manifest in family.manifests:
-        for piece in manifest.parts:
-            if piece.part not in family.backbone.parts or piece.config in seen:
-                continue
+    for number, piece in enumerate(pieces):
+        if piece.part in family.backbone.parts and piece.config not in seen:
             seen.add(piece.config)
-            layout = piece.part.layout(piece.layout)
-            assert layout is not None
-            network: nn.Module
-            network, _ = piece.part.bind(layout, piece.config)
-            yield Adaptable(family.backbone.name, family.backbone.folder, network, piece.part, piece.config, True)
+            yield _backbone(FAMILIES.index(family), number)
+
+
+@cache
+def _backbone(family: int, number: int) -> Adaptable:
+    """One of them, kept: to build it takes a good part of a second."""
+    role = FAMILIES[family].backbone
+    piece = [piece for manifest in FAMILIES[family].manifests for piece in manifest.parts][number]
+    layout = piece.part.layout(piece.layout)
+    assert layout is not None
+    network, _ = piece.part.bind(layout, piece.config)
+    return Adaptable(role.name, role.folder, network, piece.part, piece.config, True)
