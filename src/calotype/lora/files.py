@@ -30,6 +30,7 @@ from torch import Tensor
 from calotype.checkpoint.files import Shape, Weights
 from calotype.errors import DamagedFile, LoadError, SourceNotFound, WrongShape
 from calotype.lora.layers import Change, Decomposed, Full, Hadamard, Kronecker, LowRank
+from calotype.lora.targets import for_encoder
 
 MAX_RANK = 8192  # beyond the width of any layer here
 UNTOLD = ("pytorch_lora_weights", "adapter_model")  # names of files that say nothing: their folders' do
@@ -379,11 +380,13 @@ class Summary:
 
     kinds: dict[str, int]
     ranks: dict[int, int]
+    text: int  # layers in text encoders
     words: tuple[str, ...]
 
     def __str__(self) -> str:
-        """LoRA of rank 16 on 192 layers; trained words: xyz"""
+        """lora on 264 layers, 72 of them in text encoders, rank 16; trained words: xyz"""
         kinds = " and ".join(f"{kind} on {count} layers" for kind, count in self.kinds.items())
+        kinds += f", {self.text} of them in text encoders" if self.text else ""
         ranks = ", ".join(str(rank) for rank in sorted(self.ranks))
         told = f"{kinds}, rank {ranks}" if ranks else kinds
         return told + (f"; trained words: {', '.join(self.words)}" if self.words else "")
@@ -399,7 +402,8 @@ def summary(weights: Weights) -> Summary:
             if field in group.keys and weights[group.keys[field]].shape:
                 ranks[weights[group.keys[field]].shape[0]] += 1
                 break
-    return Summary(dict(kinds.most_common()), dict(ranks), _words(weights.metadata))
+    text = sum(for_encoder(name) for name in found)
+    return Summary(dict(kinds.most_common()), dict(ranks), text, _words(weights.metadata))
 
 
 def _words(metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -94,9 +94,8 @@ class Lora(Part):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        given: object = self.file
-        if not isinstance(given, (str, os.PathLike)):
-            raise RequestError("file", given, "the path of a file")
+        if not isinstance(self.file, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError("file", self.file, "the path of a file")
         object.__setattr__(self, "file", os.fspath(self.file))
         text("file", self.file)
         if not self.file:

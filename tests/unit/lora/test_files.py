@@ -618,7 +618,7 @@ def test_the_family_that_a_file_fits_is_named(state: State, family: str, tmp_pat
 def test_a_file_tells_of_itself(tmp_path: Path) -> None:
     state, _ = sd1_kohya(Draw())
     told = summary(opened(tmp_path, state, {"ss_tag_frequency": json.dumps({"x": {"ink": 9, "line": 2}})}))
-    assert str(told) == "lora on 4 layers, rank 3; trained words: ink, line"
+    assert str(told) == "lora on 4 layers, 1 of them in text encoders, rank 3; trained words: ink, line"
     state, _ = loha(Draw())
     assert str(summary(opened(tmp_path, state, {"modelspec.trigger_phrase": "in ink"}))) == (
         "loha on 2 layers, rank 3; trained words: in ink"
