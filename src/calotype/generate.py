@@ -103,6 +103,8 @@ def stream(
     done = 0
     while done < job.count:
         try:
+            if model.adapters is not None:
+                model.adapters.apply()
             with closing(_pictures(model, job, cache, batched_guidance, first=done)) as events:
                 for event in events:
                     yield event

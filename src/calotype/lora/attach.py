@@ -5,8 +5,9 @@ changes make of the layer's input is added to its answer (`apart`). Merged weigh
 memory of what they replace. Layers whose weights are kept in fewer bits or come and go by themselves are left alone,
 and so are text encoders: two models may have one encoder, and only this one's prompts may meet its adapters.
 
-Whatever order adapters come and go in, a weight is made anew from the one that was loaded, with the changes in the
-order of their names: the same set gives the same numbers, and none gives those of before, bit for bit.
+What comes, changes or goes between jobs takes effect when the next one begins (`apply`): weights are merged once,
+however many adapters changed. Whatever the order, a weight is made anew from the one that was loaded, with the changes
+in the order of their names: the same set gives the same numbers, and none gives those of before, bit for bit.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ class Adapters:
         self._fused: dict[Site, _Fused] = {}
         self._hooks: dict[Site, Any] = {}
         self._acting: dict[Site, _Action] = {}
+        self._stale: set[Site] = set()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,12 +117,7 @@ class Adapters:
             raise RequestError("name", name, f"a name other than {', '.join(self._held)}; or detach that one first")
         adapter = read(weights, self._networks, name=name, scale=scale, family=self._family)
         self._held[name] = adapter
-        try:
-            self._settle(adapter.changes)
-        except BaseException:
-            del self._held[name]
-            self._settle(adapter.changes)
-            raise
+        self._touch(adapter.changes)
         return adapter
 
     @property
@@ -148,19 +145,39 @@ class Adapters:
         """Change an adapter's strength; 0 is without it, and the file stays at hand."""
         _checked(value)
         before = self[name]
-        self._held[name] = replace(before, scale=float(value))
-        try:
-            self._settle(before.changes)
-        except BaseException:
-            self._held[name] = before
-            self._settle(before.changes)
-            raise
+        if before.scale != value:
+            self._held[name] = replace(before, scale=float(value))
+            self._touch(before.changes)
 
     def detach(self, name: str) -> None:
         """Take an adapter away: the model is as it was before, bit for bit."""
         adapter = self[name]
         del self._held[name]
-        self._settle(adapter.changes)
+        self._touch(adapter.changes)
+
+    def apply(self) -> None:
+        """Bring all weights to what is attached: before a job, once for all that came and went since the last.
+
+        Weights that were merged are themselves again on the rungs of memory where weights come and go.
+        """
+        if self._memory().rung != "resident":
+            self._stale.update(self._fused)
+        renewed = False
+        try:
+            for site in tuple(self._stale):
+                renewed = self._settle(site) or renewed
+                self._stale.discard(site)
+        finally:
+            if renewed:
+                self._memory().renew()
+
+    def _touch(self, sites: Iterable[Site]) -> None:
+        """Note what is to be done before the next job; what no adapter changes any more is itself at once."""
+        self._stale.update(sites)
+        done = [site for site in sites if not self._parts(site)]
+        if any([self._settle(site) for site in done]):
+            self._memory().renew()
+        self._stale.difference_update(done)
 
     @contextmanager
     def encoding(self) -> Generator[None, None, None]:
@@ -176,31 +193,31 @@ class Adapters:
     def _in_backbone(self, site: Site) -> bool:
         return any(one.backbone and one.network is site.network for one in self._networks)
 
-    def _settle(self, sites: Iterable[Site]) -> None:
-        """Bring the weights of these sites to what is attached now."""
-        renewed = False
-        for site in sites:
-            parts = tuple(
-                (placed, one.scale)
-                for _, one in sorted(self._held.items())
-                for placed in one.changes.get(site, ())
-                if one.scale
-            )
-            hook = self._hooks.pop(site, None)
-            if hook is not None:
-                hook.remove()
-            self._acting.pop(site, None)
-            if parts and self._fusible(site):
-                self._fuse(site, parts)
-                renewed = True
-                continue
-            renewed = self._restore(site) or renewed
-            if parts:
-                action = self._acting[site] = _Action(parts)
-                if self._in_backbone(site):
-                    self._hooks[site] = self._hooked(site, action, gated=False)
-        if renewed:
-            self._memory().renew()
+    def _parts(self, site: Site) -> tuple[tuple[Placed, float], ...]:
+        """What changes a weight, and how strongly, in the order of the adapters' names."""
+        return tuple(
+            (placed, one.scale)
+            for _, one in sorted(self._held.items())
+            for placed in one.changes.get(site, ())
+            if one.scale
+        )
+
+    def _settle(self, site: Site) -> bool:
+        """Bring a weight to what is attached now; whether another tensor stands for it then."""
+        parts = self._parts(site)
+        hook = self._hooks.pop(site, None)
+        if hook is not None:
+            hook.remove()
+        self._acting.pop(site, None)
+        if parts and self._fusible(site):
+            self._fuse(site, parts)
+            return True
+        restored = self._restore(site)
+        if parts:
+            action = self._acting[site] = _Action(parts)
+            if self._in_backbone(site):
+                self._hooks[site] = self._hooked(site, action, gated=False)
+        return restored
 
     def _fusible(self, site: Site) -> bool:
         """Whether a weight is there to be replaced: on the lower rungs it comes and goes."""

@@ -88,11 +88,13 @@ def weights(model: Model[Any]) -> dict[str, Tensor]:
 
 def answers(model: Model[Any]) -> Tensor:
     """What a layer with all kinds of changes says, and how bits of it look."""
+    assert model.family.adapters is not None
+    model.family.adapters.apply()
     rng = torch.Generator().manual_seed(1)
     x = torch.randn(1, 5, 256, generator=rng)
     joint = model.family.backbone.get_submodule("joint.0.image.qkv")
     single = model.family.backbone.get_submodule("single.1.inward")
-    with torch.inference_mode():
+    with torch.inference_mode(), model.family.memory.holding(model.family.backbone):
         return torch.cat([joint(x), single(x)], dim=-1)
 
 
@@ -110,8 +112,7 @@ def test_any_order_leaves_nothing_behind(
 ) -> None:
     model = MODELS.setdefault((folder, memory), calotype.load(folder / "model", device="cpu", memory=memory))
     plain = {key: value.clone() for key, value in weights(model).items() if not value.is_meta}
-    with model.family.memory.holding(model.family.backbone):
-        before = answers(model)
+    before = answers(model)
     for do, name, scale in steps:
         if do == "attach" and name not in model.attached:
             assert model.attach(folder / f"{name}.safetensors", scale) == name
@@ -120,19 +121,16 @@ def test_any_order_leaves_nothing_behind(
         elif do == "detach" and name in model.attached:
             model.detach(name)
     held = model.attached
-    with model.family.memory.holding(model.family.backbone):
-        now = answers(model)
+    now = answers(model)
     # The same set in another order gives the same numbers, bit for bit.
     for name in [name for name in end if name in held]:
         model.detach(name)
     for name in [name for name in end if name in held]:
         model.attach(folder / f"{name}.safetensors", held[name])
-    with model.family.memory.holding(model.family.backbone):
-        assert torch.equal(answers(model), now)
+    assert torch.equal(answers(model), now)
     for name in held:
         model.detach(name)
-    with model.family.memory.holding(model.family.backbone):
-        assert torch.equal(answers(model), before)
+    assert torch.equal(answers(model), before)
     after = weights(model)
     assert all(torch.equal(after[key], value) for key, value in plain.items())
 
@@ -146,11 +144,9 @@ def test_apart_is_fused(name: str, folder: Path) -> None:
     for memory in ("resident", "stream"):
         model = calotype.load(folder / "model", device="cpu", memory=memory)
         model.attach(folder / f"{name}.safetensors", 0.8)
-        with model.family.memory.holding(model.family.backbone):
-            found.append(answers(model))
-    with model.family.memory.holding(model.family.backbone):
-        model_plain = calotype.load(folder / "model", device="cpu")
-        assert not torch.allclose(found[0], answers(model_plain), atol=1e-2)
+        found.append(answers(model))
+    plain = answers(calotype.load(folder / "model", device="cpu"))
+    assert not torch.allclose(found[0], plain, atol=1e-2)
     assert torch.allclose(found[0], found[1], atol=1e-3, rtol=1e-4)
 
 
@@ -181,7 +177,7 @@ def test_lower_rungs_take_over_what_was_fused(folder: Path) -> None:
     changed = picture(model)
     assert model.family.memory.lower()
     assert model.family.memory.lower()
-    assert np.array_equal(picture(model), changed)
+    assert np.abs(picture(model).astype(int) - changed).max() <= 1  # no longer merged
     model.detach("ink")
     assert np.array_equal(picture(model), plain)
 
