@@ -153,7 +153,7 @@ def main() -> None:
     }
     print(json.dumps({"seconds": medians, "ratios": ratios}, indent=2))
     if given.save:
-        print(keep(f"lora-sdxl-{given.dtype}-cpu", result))
+        print(keep(f"lora-sdxl-{given.dtype}-cpu.json", result))
 
 
 if __name__ == "__main__":

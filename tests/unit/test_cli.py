@@ -22,6 +22,8 @@ from tiny import flux_model
 import calotype
 from calotype.cli import doctor, progress
 from calotype.cli.generate import SLUG_BYTES, Target, slug
+from calotype.cli.generate import _loras as loras_of
+from calotype.cli.generate import _loras_in as loras_in
 from calotype.cli.main import app, main
 from calotype.cli.output import columns, size
 from calotype.errors import DamagedFile, OutputError, RequestError
@@ -1003,3 +1005,22 @@ def test_a_place_is_a_folder_or_numbered_files(tmp_path: Path) -> None:
     numbered = Target.of(str(tmp_path / "a.b.png"), 2)
     assert [numbered.path(number, "fox", 7).name for number in (0, 1)] == ["a.b-1.png", "a.b-2.png"]
     assert Target.of(str(tmp_path), 2).path(1, "fox", 7) == tmp_path / "fox-7.png"
+
+
+# ---- LoRAs in prompts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "drawn", "loras"),
+    [
+        ("a fox", [], "a fox", []),
+        ("a  fox < lora", [], "a  fox < lora", []),
+        ("a fox <lora:ink:0.8>", [], "a fox", [{"file": "ink", "scale": 0.8}]),
+        ("a <lora:ink> fox", [], "a fox", [{"file": "ink"}]),
+        ("a fox<lora:ink:-.5:1>", ["b/ink.safetensors"], "a fox", [{"file": "b/ink.safetensors", "scale": -0.5}]),
+        ("a fox <lora:ink>", ["ink.pt@2"], "a fox", [{"file": "ink.pt", "scale": 2.0}]),
+        ("<lora:line:1>a fox", ["ink.pt"], "a fox", [{"file": "ink.pt"}, {"file": "line", "scale": 1.0}]),
+    ],
+)
+def test_a_prompt_may_name_loras(prompt: str, options: list[str], drawn: str, loras: list[dict[str, Any]]) -> None:
+    assert loras_in(prompt, loras_of(options)) == (drawn, loras)
