@@ -239,6 +239,9 @@ def draw(model: Model[Any], request: Request, target: Target, preview: Path | No
                 path = target.path(number, request.prompt, event.seed)
                 save(event.image, path)
             typer.echo(path)
+    adapters = model.family.adapters
+    for file, layers in ({} if adapters is None else adapters.left_out).items():
+        _note(f"{file}: {layers} layers are of text encoders that this model does without")
 
 
 def _sources(record: dict[str, Any]) -> list[str]:

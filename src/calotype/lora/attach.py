@@ -95,6 +95,11 @@ class Adapters:
         return self._held[name]
 
     @property
+    def left_out(self) -> dict[str, int]:
+        """Files of which layers in text encoders that the model does without were left out, with the number of those."""
+        return {one.source: len(one.left_out) for one in self._held.values() if one.left_out}
+
+    @property
     def text(self) -> Hashable:
         """What tells the text encoders' answers from those without adapters: part of what prompts are known by."""
         held = (self._held[name] for name in sorted(self._held))
