@@ -96,7 +96,7 @@ class Adapters:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """Files of which layers in text encoders that the model does without were left out, with the number of those."""
+        """Files with layers in text encoders that the model does without, and how many of them were left out."""
         return {one.source: len(one.left_out) for one in self._held.values() if one.left_out}
 
     @property
