@@ -33,7 +33,7 @@ from calotype.request import Job, Lora, Request, resized
 from calotype.sampling.guidance import guided, guided_both
 from calotype.sampling.levels import Level
 from calotype.sampling.samplers import SAMPLERS, Denoise, Step, evaluated
-from calotype.sampling.spatial import Box, Regional, Tile, boxes, keeping, regional, tiled
+from calotype.sampling.spatial import Box, Regional, Tile, beside, boxes, keeping, regional, tiled
 
 C = TypeVar("C")
 
@@ -133,12 +133,15 @@ def _pictures(model: FamilyModel[C], job: Job, cache: PromptCache[C], batched_gu
     for k in range(first, job.count):
         x = input_latents
         for number, stage in enumerate(stages):
+            begun = job.input_image
             if number:
                 assert x is not None
-                x = _enlarged(model, x, stage.job, job.high_res[number - 1].upscaler, job.seed + k)
+                x, begun = _enlarged(model, x, stage.job, job.high_res[number - 1].upscaler, job.seed + k)
+            more = _beside(model, stage.job, begun) if model.inpaints else None
             with model.memory.holding(model.backbone):
-                if number not in denoisers:
-                    denoisers[number] = _denoiser(model, stage, batched_guidance)
+                # What later stages of a model that inpaints see is another picture each time.
+                if number not in denoisers or (number and model.inpaints):
+                    denoisers[number] = _denoiser(model, stage, batched_guidance, more)
                 for step in _steps(model, stage.job, denoisers[number], x, job.seed + k):
                     x = step.x
                     yield Progress(
@@ -314,56 +317,84 @@ def _decoded(model: FamilyModel[C], x: Tensor, seed: int) -> Image.Image:
     return to_pil(decoded[0])
 
 
-def _enlarged(model: FamilyModel[C], x: Tensor, job: Job, upscaler: str, seed: int) -> Tensor:
-    """The latents of a stage before, at the size of this one."""
+def _enlarged(
+    model: FamilyModel[C], x: Tensor, job: Job, upscaler: str, seed: int
+) -> tuple[Tensor, Image.Image | None]:
+    """The latents of a stage before, at the size of this one, and what they show where that is known."""
+    if upscaler == "latent" and not model.inpaints:
+        return F.interpolate(x, size=model.noise_shape(job)[1:], mode="bilinear"), None
+    shown = resized(_decoded(model, x, seed), job.size)
     if upscaler == "latent":
-        return F.interpolate(x, size=model.noise_shape(job)[1:], mode="bilinear")
-    return _encoded(model, resized(_decoded(model, x, seed), job.size))
+        return F.interpolate(x, size=model.noise_shape(job)[1:], mode="bilinear"), shown
+    return _encoded(model, shown), shown
 
 
-def _denoiser(model: FamilyModel[C], stage: _Stage[C], batched: bool) -> Denoise:
+def _beside(model: FamilyModel[C], job: Job, picture: Image.Image | None) -> Tensor:
+    """What a model that inpaints is shown; without a mask, or a picture, everything is to be drawn."""
+    shown, mask = picture, job.mask_image
+    if shown is None or mask is None:
+        mask = Image.new("L", (job.width, job.height), 255)
+        shown = shown or Image.new("RGB", mask.size)
+    drawn = mask_tensor(mask, job.height, job.width)
+    with model.memory.holding(model.vae):
+        return model.beside(to_tensor(shown)[None].to(model.device), drawn.to(model.device))
+
+
+def _denoiser(model: FamilyModel[C], stage: _Stage[C], batched: bool, more: Tensor | None) -> Denoise:
     """The Denoise of a stage, made of those of its tiles."""
     levels = evaluated(SAMPLERS[stage.job.sampler], model.levels(stage.job))
     alike: dict[Hashable, Denoise] = {}
     tiles: list[Tile] = []
     for part in stage.parts:
         # Tiles of one size that are told the same are one picture to the network.
-        same = (part.job.size, model.conditioned_by(part.job), part.box if part.regions else None)
+        own = part.box if part.regions or more is not None else None
+        same = (part.job.size, model.conditioned_by(part.job), own)
         if same not in alike:
-            alike[same] = _of_part(model, part, levels, batched)
+            there = None if more is None else part.box.of(more)
+            alike[same] = _of_part(model, part, levels, batched, there)
         tiles.append(Tile(part.box, alike[same]))
     _, height, width = model.noise_shape(stage.job)
     return tiles[0].denoise if len(tiles) == 1 else tiled(tiles, height, width)
 
 
-def _of_part(model: FamilyModel[C], part: _Part[C], levels: Sequence[Level], batched: bool) -> Denoise:
+def _of_part(
+    model: FamilyModel[C], part: _Part[C], levels: Sequence[Level], batched: bool, more: Tensor | None
+) -> Denoise:
     """The family's own Denoise, with prompts for regions, under classifier-free guidance where the job asks for it."""
     job = part.job
+
+    def denoiser(conditioning: C) -> Denoise:
+        denoise = model.denoiser(conditioning, levels, job)
+        return denoise if more is None else beside(denoise, more)
+
     if part.negative is not None and not part.regions and batched:
         both = model.both(part.positive, part.negative, levels, job)
-        return guided_both(both, job.cfg_scale, job.cfg_rescale, model.prediction)
-    positive = model.denoiser(part.positive, levels, job)
+        return guided_both(
+            both if more is None else beside(both, more), job.cfg_scale, job.cfg_rescale, model.prediction
+        )
+    positive = denoiser(part.positive)
     if part.regions:
         _, height, width = model.noise_shape(job)
         weights = [
             region.scale * mask_tensor(mask, height, width).to(model.device)
             for region, mask in zip(job.regions, job.region_masks, strict=True)
         ]
-        denoisers = [model.denoiser(conditioning, levels, job) for conditioning in part.regions]
+        denoisers = [denoiser(conditioning) for conditioning in part.regions]
         positive = regional(positive, [Regional(*pair) for pair in zip(denoisers, weights, strict=True)])
     if part.negative is None:
         return positive
-    negative = model.denoiser(part.negative, levels, job)
-    return guided(positive, negative, job.cfg_scale, job.cfg_rescale, model.prediction)
+    return guided(positive, denoiser(part.negative), job.cfg_scale, job.cfg_rescale, model.prediction)
 
 
 def _steps(model: FamilyModel[C], job: Job, denoise: Denoise, begun: Tensor | None, seed: int) -> Iterator[Step]:
     """The steps of one stage, from clean latents taken back to noise in part, or from noise alone."""
+    if model.inpaints and job.denoising_strength == 1:
+        begun = None  # as they were trained: from noise alone, with the picture beside it
     levels = model.levels(job)
     noise = _noise(seed, (1, *model.noise_shape(job)), model.device)
     top = levels.path[0]
     x = model.start(job, levels, noise) if begun is None else top.alpha * begun + top.sigma * noise()
-    if begun is not None and job.mask_image is not None:
+    if begun is not None and job.mask_image is not None and not model.inpaints:
         mask = mask_tensor(job.mask_image, *x.shape[2:]).to(model.device)
         denoise = keeping(denoise, begun, mask)
     return SAMPLERS[job.sampler](denoise, x, levels, noise)

@@ -44,11 +44,17 @@ def framed(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedToken
     return tokenizer
 
 
-def build(folder: Path, *, guidance: bool, dynamic: bool = True, tiny_vae: bool = False) -> FluxPipeline:
-    """Save a pipeline under `folder` and return it: dev's form with `guidance`, schnell's without."""
+def build(
+    folder: Path, *, guidance: bool, dynamic: bool = True, tiny_vae: bool = False, beside: int = 0
+) -> FluxPipeline:
+    """Save a pipeline under `folder` and return it: dev's form with `guidance`, schnell's without.
+
+    `beside` is the width of what tokens carry beside the latents.
+    """
     transformer = Transformer(
         patch_size=1,
-        in_channels=16,
+        in_channels=16 + beside,
+        out_channels=16,
         num_layers=2,
         num_single_layers=3,
         attention_head_dim=32,

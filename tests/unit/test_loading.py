@@ -552,12 +552,12 @@ def test_truncated_files_and_nonsense_settings_are_damage(tmp_path: Path) -> Non
         load(folder)
 
 
-def test_fill_is_recognised_but_refused(tmp_path: Path) -> None:
+def test_canny_and_depth_are_recognised_but_refused(tmp_path: Path) -> None:
     files = tiny.originals(tmp_path)
-    config = replace(tiny.FLUX, image_width=384)
-    path = tiny.save(tmp_path / "fill.safetensors", tiny.tensors(TRANSFORMER, "original", config))
-    assert (describe(path).variant, describe(path).supported) == ("fill-dev", False)
-    with pytest.raises(UnsupportedModel, match="fill-dev"):
+    config = replace(tiny.FLUX, image_width=2 * tiny.FLUX.image_width_out)
+    path = tiny.save(tmp_path / "canny.safetensors", tiny.tensors(TRANSFORMER, "original", config))
+    assert (describe(path).variant, describe(path).supported) == ("canny-depth-dev", False)
+    with pytest.raises(UnsupportedModel, match="canny-depth-dev"):
         load(path, files["clip"], files["t5"], files["vae"])
 
 

@@ -70,7 +70,7 @@ TAKERS = {
     VAES: ({"sd1", "sdxl", "kolors"}, {"flux"}),
     CHATGLMS: ({"kolors"}, {"flux", "sd1", "sdxl"}),
 }
-NINE, EIGHT = "its UNet takes 9 channels, a mask and", "its UNet takes 8 channels, the picture to edit"
+EIGHT = "its UNet takes 8 channels, the picture to edit"
 SD1_PARTS, SDXL_PARTS = "unet clip vae", "unet clip clip vae"
 # manifest: family, variant, layout, parts, note
 OURS: dict[str, tuple[str | None, str | None, str, str, str]] = {
@@ -80,15 +80,15 @@ OURS: dict[str, tuple[str | None, str | None, str, str, str]] = {
     "sd1-emaonly": ("sd1", "1.x", "original", SD1_PARTS + " other", RUNS),
     "sd1-buffers": ("sd1", "1.x", "original", SD1_PARTS + " other", RUNS),
     "sd1-zero-snr": ("sd1", "1.x-v-zsnr", "original", SD1_PARTS + " other", RUNS),
-    "sd1-inpainting": ("sd1", "inpainting", "original", SD1_PARTS, NINE),
-    "sd1-inpainting-training": ("sd1", "inpainting", "original", SD1_PARTS + " other", NINE),
+    "sd1-inpainting": ("sd1", "inpainting", "original", SD1_PARTS, RUNS),
+    "sd1-inpainting-training": ("sd1", "inpainting", "original", SD1_PARTS + " other", RUNS),
     "sd1-instruct-pix2pix": ("sd1", "instruct-pix2pix", "original", SD1_PARTS + " other", EIGHT),
     "sd1-original-unet": ("sd1", "1.x", "original", "unet", NEEDS_SD1),
     "sd1-original-vae": (None, None, "original", "vae", VAES),
     "sd1-original-text-encoder": (None, None, "transformers", "clip", CLIPS),
     "sd1-vae-bare": (None, None, "original", "vae", VAES),
     "sd1-unet-diffusers": ("sd1", "1.x", "diffusers", "unet", NEEDS_SD1),
-    "sd1-unet-diffusers-inpainting": ("sd1", "inpainting", "diffusers", "unet", NINE),
+    "sd1-unet-diffusers-inpainting": ("sd1", "inpainting", "diffusers", "unet", NEEDS_SD1),
     "sd1-unet-diffusers-instruct-pix2pix": ("sd1", "instruct-pix2pix", "diffusers", "unet", EIGHT),
     "sd1-text-encoder": (None, None, "transformers", "clip", CLIPS),
     "sd1-text-encoder-without-position-ids": (None, None, "transformers", "clip", CLIPS),
@@ -102,18 +102,18 @@ OURS: dict[str, tuple[str | None, str | None, str, str, str]] = {
     "sdxl-without-position-ids": ("sdxl", "base", "original", SDXL_PARTS, RUNS),
     "sdxl-zero-snr": ("sdxl", "base-v-zsnr", "original", SDXL_PARTS + " other", RUNS),
     "sdxl-turbo": ("sdxl", "turbo", "original", SDXL_PARTS + " other", RUNS),
-    "sdxl-inpainting": ("sdxl", "inpainting", "original", SDXL_PARTS, NINE),
+    "sdxl-inpainting": ("sdxl", "inpainting", "original", SDXL_PARTS, RUNS),
     "sdxl-original-unet": ("sdxl", "base", "original", "unet", NEEDS_SDXL),
     "sdxl-original-vae": (None, None, "original", "vae", VAES),
     "sdxl-original-text-encoders": (None, None, "transformers", "clip clip", CLIPS_G),
     "sdxl-unet-diffusers": ("sdxl", "base", "diffusers", "unet", NEEDS_SDXL),
-    "sdxl-unet-diffusers-inpainting": ("sdxl", "inpainting", "diffusers", "unet", NINE),
+    "sdxl-unet-diffusers-inpainting": ("sdxl", "inpainting", "diffusers", "unet", NEEDS_SDXL),
     "sdxl-text-encoder": (None, None, "transformers", "clip", CLIPS),
     "sdxl-text-encoder-2": (None, None, "transformers", "clip", CLIPS_G),
     "sdxl-vae-diffusers": (None, None, "diffusers", "vae", VAES),
     "sdxl-vae-bare": (None, None, "original", "vae", VAES),
     "kolors-unet": ("kolors", "base", "diffusers", "unet", "to run, it needs also: chatglm, vae"),
-    "kolors-unet-inpainting": ("kolors", "inpainting", "diffusers", "unet", NINE),
+    "kolors-unet-inpainting": ("kolors", "inpainting", "diffusers", "unet", "to run, it needs also: chatglm, vae"),
     "kolors-text-encoder": (None, None, "transformers", "chatglm", CHATGLMS),
     "kolors-text-encoder-diffusers": (None, None, "diffusers", "chatglm", CHATGLMS),
     "kolors-vae": (None, None, "diffusers", "vae", VAES),
@@ -142,7 +142,7 @@ def test_a_known_file_is_recognised_at_once(tmp_path: Path, name: str) -> None:
     takers = set(seen.note.partition(ALONE)[2].split(", "))
     assert into <= takers
     assert not others & takers
-    assert seen.supported == (note not in (NINE, EIGHT) and "another file" not in note)
+    assert seen.supported == (note != EIGHT and "another file" not in note)
     assert sum(part.tensors for part in seen.parts) == len(known(name))
     assert took < QUICK
 
@@ -252,20 +252,6 @@ MISSES: dict[str, Miss] = {
     ),
     "the 4x upscaler": unsupported(lambda: s.under(UNET, s.upscaler("original")), "sd2", "x4-upscaler", "enlarges"),
     "the 4x upscaler's UNet": unsupported(lambda: s.upscaler("diffusers"), "sd2", "x4-upscaler", "enlarges"),
-    "inpainting": Miss(
-        lambda: known("sd1-inpainting"),
-        ("model", "sd1", "inpainting"),
-        NINE,
-        UnsupportedModel,
-        "Stable Diffusion inpainting: recognised, but its UNet takes 9 channels.*draws from a prompt alone",
-    ),
-    "an SDXL UNet for inpainting": Miss(
-        lambda: known("sdxl-unet-diffusers-inpainting"),
-        ("part", "sdxl", "inpainting"),
-        NINE,
-        UnsupportedModel,
-        "SDXL inpainting: recognised, but its UNet takes 9 channels",
-    ),
     "InstructPix2Pix": Miss(
         lambda: known("sd1-instruct-pix2pix"),
         ("model", "sd1", "instruct-pix2pix"),

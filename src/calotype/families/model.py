@@ -33,6 +33,7 @@ class FamilyModel(ABC, Generic[C]):
     backbone: nn.Module
     vae: nn.Module
     adapters: Adapters | None = None  # LoRA and its kin, where the model can take them
+    inpaints: bool = False  # takes a mask and the masked picture beside the noisy latents, as `beside` makes them
     content: Hashable = None  # equal where encoders, tokenizers and settings are: prompts become the same then
 
     @cached_property
@@ -64,12 +65,20 @@ class FamilyModel(ABC, Generic[C]):
     def denoiser(self, conditioning: C, levels: Sequence[Level], job: Job) -> Denoise:
         """The estimate of clean latents, with all that does not depend on the noisy ones computed here, once.
 
-        `levels` are all those that will be asked for.
+        `levels` are all those that will be asked for. What a model takes beside the latents follows them in x.
         """
 
     @abstractmethod
     def both(self, positive: C, negative: C, levels: Sequence[Level], job: Job) -> Both:
         """As `denoiser`, for both sides of classifier-free guidance in one pass through the network."""
+
+    def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
+        """What a model that inpaints takes beside the noisy latents, on their grid: b c h w.
+
+        picture b 3 h w in 0..1; mask b 1 h w of its pixels, in 0..1, 1 where something is to be drawn. Denoisers take
+        it after the latents' channels.
+        """
+        raise NotImplementedError(f"{self.family}/{self.variant} takes nothing beside the latents")
 
     @abstractmethod
     def encode(self, picture: Tensor) -> Tensor:
@@ -82,3 +91,8 @@ class FamilyModel(ABC, Generic[C]):
     @abstractmethod
     def preview(self, latent: Tensor) -> Tensor:
         """A cheap, small impression of `decode`, b 3 h w."""
+
+
+def masked(picture: Tensor, mask: Tensor) -> Tensor:
+    """A picture b 3 h w in 0..1 with mid-grey where the mask b 1 h w is 1: zero, to an autoencoder."""
+    return picture * (1 - mask) + 0.5 * mask

@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from calotype.backends.openvino import OpenVinoAutoencoder, OpenVinoUNet, accelerate
 from calotype.families.diffusion import DiffusionSettings
-from calotype.families.model import FamilyModel
+from calotype.families.model import FamilyModel, masked
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
@@ -59,6 +60,7 @@ class UNetModel(FamilyModel[UNetConditioning]):
         self.source = source
         self.device = device
         self.backbone = unet
+        self.inpaints = unet.config.channels_in == 2 * unet.config.channels_out + 1
 
     def run_with_openvino(self, *, eight_bits: bool = False) -> None:
         """Hand the UNet's steps and the decoder to OpenVINO, on the CPU; the steps in int8 if asked to.
@@ -115,9 +117,14 @@ class UNetModel(FamilyModel[UNetConditioning]):
 
         def denoise(x: Tensor, level: Level) -> Tensor:
             predicted: Tensor = self.unet(x, *prepared.at(number[level]))
-            return estimate(x, predicted.float(), level)
+            return estimate(x[:, : predicted.shape[1]], predicted.float(), level)
 
         return denoise
+
+    def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
+        mask = (mask >= 0.5).float()
+        kept = self.encode(masked(picture, mask))
+        return torch.cat([F.interpolate(mask, size=kept.shape[2:]), kept], dim=1)
 
     def encode(self, picture: Tensor) -> Tensor:
         return self.vae.encode(picture)
@@ -145,12 +152,14 @@ ESTIMATES: dict[str, Callable[[Tensor, Tensor, Level], Tensor]] = {
 }
 
 
-def beside_the_noise(title: str, config: UNetConfig) -> str:
-    """Why a UNet does not run that takes more than the noisy latents."""
-    what = {9: "a mask and the masked picture", 8: "the picture to edit"}.get(config.channels_in, "something")
+def beside_the_noise(title: str, config: UNetConfig) -> str | None:
+    """Why a UNet does not run that takes more than the noisy latents; None where it does, as one that inpaints."""
+    if config.channels_in in (config.channels_out, 2 * config.channels_out + 1):
+        return None
+    what = "the picture to edit" if config.channels_in == 2 * config.channels_out else "something"
     return (
         f"{title}: recognised, but its UNet takes {config.channels_in} channels, {what} beside the noise, which is not "
-        "supported yet; give a model that draws from a prompt alone"
+        "supported yet; give a model that draws from a prompt alone, or inpaints"
     )
 
 

@@ -8,8 +8,8 @@ that noise, v and flow alike are mixed as their predictions would be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ def keeping(denoise: Denoise, known: Tensor, mask: Tensor) -> Denoise:
         return known + mask * (denoise(x, level) - known)
 
     return kept
+
+
+Answer = TypeVar("Answer")
+
+
+def beside(denoise: Callable[[Tensor, Level], Answer], more: Tensor) -> Callable[[Tensor, Level], Answer]:
+    """For a model that takes more than the noisy latents: `more` follows them along the channels."""
+
+    def denoised(x: Tensor, level: Level) -> Answer:
+        return denoise(torch.cat([x, more.expand(len(x), -1, -1, -1)], dim=1), level)
+
+    return denoised
 
 
 class Regional(NamedTuple):

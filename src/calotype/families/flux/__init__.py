@@ -12,8 +12,9 @@ from torch import Tensor
 
 from calotype.families.flow import FlowSettings
 from calotype.families.flux.conditioning import FluxConditioning, encode, joined
+from calotype.families.flux.config import FluxConfig
 from calotype.families.flux.network import FluxNetwork, to_latent, to_tokens
-from calotype.families.model import FamilyModel
+from calotype.families.model import FamilyModel, masked
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
@@ -62,6 +63,7 @@ class FluxModel(FamilyModel[FluxConditioning]):
         self.device = device
         self.encoders = (clip, t5)
         self.backbone = transformer
+        self.inpaints = fills(transformer.config)
 
     def condition(self, prompt: str, job: Job, *, negative: bool) -> FluxConditioning:
         assert job.text_tokens is not None
@@ -109,7 +111,7 @@ class FluxModel(FamilyModel[FluxConditioning]):
             tokens = network(to_tokens(x, patch), prepared, number[level.time])
             velocity = to_latent(tokens.float(), rows, columns, patch)
             # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
-            return x - level.sigma * velocity
+            return x[:, : velocity.shape[1]] - level.sigma * velocity
 
         return denoise
 
@@ -121,6 +123,12 @@ class FluxModel(FamilyModel[FluxConditioning]):
             return with_, without
 
         return both
+
+    def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
+        """The masked picture, and the mask's own pixels as channels of the latents that they lie under."""
+        mask = (mask >= 0.5).float()
+        under = rearrange(mask, "b 1 (h p) (w q) -> b (p q) h w", p=LATENT_GRAIN, q=LATENT_GRAIN)
+        return torch.cat([self.encode(masked(picture, mask)), under], dim=1)
 
     def encode(self, picture: Tensor) -> Tensor:
         return self.vae.encode(picture)
@@ -139,6 +147,12 @@ class FluxModel(FamilyModel[FluxConditioning]):
     def _preview_projection(self) -> Tensor:
         assert isinstance(self.vae, Autoencoder)
         return preview_projection(self.vae)
+
+
+def fills(config: FluxConfig) -> bool:
+    """Whether a transformer takes a masked picture and a mask beside the latents, as FLUX.1 Fill does."""
+    beside = config.image_width - config.image_width_out
+    return beside == config.image_width_out + (LATENT_GRAIN * config.patch) ** 2
 
 
 def defaults(*, steps: int, embedded_guidance: float | None, text_tokens: int, size: int = 1024) -> Defaults:
@@ -161,4 +175,5 @@ def defaults(*, steps: int, embedded_guidance: float | None, text_tokens: int, s
 
 
 DEV_DEFAULTS = defaults(steps=28, embedded_guidance=3.5, text_tokens=512)
+FILL_DEFAULTS = defaults(steps=50, embedded_guidance=30.0, text_tokens=512)
 SCHNELL_DEFAULTS = defaults(steps=4, embedded_guidance=None, text_tokens=256)

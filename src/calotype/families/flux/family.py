@@ -10,7 +10,7 @@ from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
 from calotype.checkpoint.text_encoders import CLIP, T5
 from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
 from calotype.families.flow import flow_settings
-from calotype.families.flux import DEV_DEFAULTS, SCHNELL_DEFAULTS, FluxModel
+from calotype.families.flux import DEV_DEFAULTS, FILL_DEFAULTS, SCHNELL_DEFAULTS, FluxModel, fills
 from calotype.families.flux.config import (
     DEV,
     DEV_SAMPLING,
@@ -37,14 +37,14 @@ TINY_VAE = TinyAutoencoderConfig(
     scale=1.0,
     shift=0.0,
 )
-VARIANTS = {"dev": DEV_DEFAULTS, "schnell": SCHNELL_DEFAULTS}
+VARIANTS = {"dev": DEV_DEFAULTS, "schnell": SCHNELL_DEFAULTS, "fill-dev": FILL_DEFAULTS}
 FLEX_2 = replace(DEV, image_width=196, joint_blocks=8)
 
 
 def variant(config: FluxConfig, clues: Clues) -> str:
     """dev and schnell differ by the guidance input alone; wider image tokens carry a condition beside the picture."""
     extra = config.image_width - config.image_width_out
-    if extra == FILL.image_width - FILL.image_width_out:
+    if fills(config):
         return "fill-dev"
     if extra == FLEX_2.image_width - FLEX_2.image_width_out:
         return "flex-2"
@@ -54,7 +54,7 @@ def variant(config: FluxConfig, clues: Clues) -> str:
 
 
 def refusal(config: FluxConfig, clues: Clues) -> str | None:
-    if config.image_width != config.image_width_out:
+    if config.image_width != config.image_width_out and not fills(config):
         return f"FLUX.1 {variant(config, clues)} takes a condition beside the picture, which is not supported yet"
     return None
 
@@ -96,11 +96,11 @@ def assemble(given: Assembly) -> FluxModel:
     assert isinstance(clip, ClipEncoder)
     assert isinstance(t5, T5Encoder)
     assert isinstance(vae, (Autoencoder, TinyAutoencoder))
-    dev = transformer.config.guidance_input
+    name = variant(transformer.config, given.clues)
     if given.clues.scheduler is not None:
         sampling = flow_settings(given.clues.scheduler, "FLUX.1")
     else:
-        sampling = DEV_SAMPLING if dev else SCHNELL_SAMPLING
+        sampling = DEV_SAMPLING if transformer.config.guidance_input else SCHNELL_SAMPLING
     return FluxModel(
         transformer=transformer,
         clip=clip,
@@ -109,8 +109,8 @@ def assemble(given: Assembly) -> FluxModel:
         clip_tokenizer=given.tokenizers["clip"],
         t5_tokenizer=given.tokenizers["t5"],
         sampling=sampling,
-        defaults=with_card(VARIANTS["dev" if dev else "schnell"], given.card.get("defaults", {})),
-        variant=str(given.card.get("variant", variant(transformer.config, given.clues))),
+        defaults=with_card(VARIANTS[name if name in VARIANTS else "dev"], given.card.get("defaults", {})),
+        variant=str(given.card.get("variant", name)),
         source=given.source,
         device=given.device,
     )

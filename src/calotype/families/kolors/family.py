@@ -29,9 +29,7 @@ def variant(config: UNetConfig, clues: Clues) -> str:
 
 
 def refusal(config: UNetConfig, clues: Clues) -> str | None:
-    if config.channels_in != config.channels_out:
-        return beside_the_noise(f"Kolors {variant(config, clues)}", config)
-    return None
+    return beside_the_noise(f"Kolors {variant(config, clues)}", config)
 
 
 def misfit(configs: Mapping[str, Any]) -> tuple[str, str] | None:

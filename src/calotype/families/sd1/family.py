@@ -41,8 +41,9 @@ def variant(config: UNetConfig, clues: Clues) -> str:
 
 
 def refusal(config: UNetConfig, clues: Clues) -> str | None:
-    if config.channels_in != config.channels_out:
-        return beside_the_noise(f"Stable Diffusion {variant(config, clues)}", config)
+    why = beside_the_noise(f"Stable Diffusion {variant(config, clues)}", config)
+    if why is not None:
+        return why
     known = next((name for marker, name in REFUSED_MARKERS.items() if marker in clues.markers), None)
     return None if known is None else f"{known} is not supported"
 

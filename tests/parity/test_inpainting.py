@@ -1,0 +1,152 @@
+"""Inpainting, with models made for it and with others, against diffusers' pipelines for it, on tiny random ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_flux
+import tiny_sd3
+import tiny_unets
+import torch
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FluxFillPipeline,
+    FluxInpaintPipeline,
+    StableDiffusion3InpaintPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image, ImageDraw
+
+import calotype
+from calotype.generate import Picture, stream
+from calotype.request import Request
+
+PROMPT = "a red fox on the table"
+SIDE, STEPS, SEED = 64, 3, 3
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    small = np.random.default_rng(5).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def mask() -> Image.Image:
+    """On the grid of latents: what is between is a matter of taste."""
+    made = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(made).rectangle((0, 16, 31, 63), fill=255)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def middle_of_the_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The references draw latents from the autoencoder's spread; we take its middle, as DiffSynth-Studio does."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+
+
+def ours(folder: Path, picture: Image.Image, mask: Image.Image, **fields: Any) -> np.ndarray:
+    model = calotype.load(folder, device="cpu", dtype="float32")
+    size = {"width": SIDE, "height": SIDE}
+    chosen = {"cfg_scale": 3.0} | size | fields
+    drawn = model.generate(PROMPT, seed=SEED, steps=STEPS, input_image=picture, mask_image=mask, **chosen)
+    return np.asarray(drawn, dtype=int)
+
+
+def theirs(pipeline: Any, picture: Image.Image, mask: Image.Image, **settings: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    chosen = {"num_inference_steps": STEPS} | settings
+    drawn = pipeline(
+        PROMPT,
+        image=picture,
+        mask_image=mask,
+        height=SIDE,
+        width=SIDE,
+        generator=torch.Generator().manual_seed(SEED),
+        **chosen,
+    ).images[0]
+    return np.asarray(drawn, dtype=int)
+
+
+def assert_same(mine: np.ndarray, peer: np.ndarray, without_mask: np.ndarray) -> None:
+    assert abs(mine - peer).max() <= 1
+    assert abs(without_mask - peer)[:, 32:].max() > 20  # it is the mask that makes them the same
+
+
+def test_flux(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
+    pipeline = FluxInpaintPipeline(**tiny_flux.build(tmp_path, guidance=True).components)
+    fields = {"text_tokens": 16, "embedded_guidance": 3.5, "cfg_scale": 1.0}
+    peer = theirs(pipeline, picture, mask, strength=1.0, guidance_scale=3.5, max_sequence_length=16)
+    assert_same(ours(tmp_path, picture, mask, **fields), peer, ours(tmp_path, picture, white(), **fields))
+
+
+def test_stable_diffusion_3(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
+    """The reference leaves out the autoencoder's shift when it decodes (in 0.42.1): it is put back here."""
+    pipeline = StableDiffusion3InpaintPipeline(**tiny_sd3.build(tmp_path).components)
+    decode, shift = pipeline.vae.decode, pipeline.vae.config.shift_factor
+    pipeline.vae.decode = lambda latents, **more: decode(latents + shift, **more)
+    fields = {"text_tokens": 16}
+    peer = theirs(pipeline, picture, mask, strength=1.0, guidance_scale=3.0, max_sequence_length=16)
+    assert_same(ours(tmp_path, picture, mask, **fields), peer, ours(tmp_path, picture, white(), **fields))
+
+
+def test_sdxl(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
+    """At half strength, over the same levels: the reference takes the second half of those that it is given."""
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    built = tiny_unets.sdxl(tmp_path, scheduler)
+    parts = {name: part for name, part in built.components.items() if name not in ("image_encoder",)}
+    pipeline = StableDiffusionXLInpaintPipeline(**parts)
+    family = calotype.load(tmp_path, device="cpu").family
+    request = Request(prompt=PROMPT, width=SIDE, height=SIDE, steps=STEPS, input_image=picture, denoising_strength=0.5)
+    path = family.levels(request.complete(family.defaults, seed=0, picture=picture)).path
+    times = [level.time for level in path[:-1]]
+    peer = theirs(
+        pipeline,
+        picture,
+        mask,
+        strength=0.5,
+        num_inference_steps=2 * STEPS,
+        timesteps=[*range(999, 999 - STEPS, -1), *map(int, times)],
+        guidance_scale=3.0,
+    )
+    fields = {"denoising_strength": 0.5}
+    assert_same(ours(tmp_path, picture, mask, **fields), peer, ours(tmp_path, picture, white(), **fields))
+
+
+def test_a_unet_that_takes_the_mask(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
+    """Stable Diffusion 1.x with nine channels."""
+    built = tiny_unets.sd1(tmp_path, DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False), in_channels=9)
+    pipeline = StableDiffusionInpaintPipeline(**built.components, requires_safety_checker=False)
+    peer = theirs(pipeline, picture, mask, strength=1.0, guidance_scale=3.0)
+    for batched in (True, False):
+        model = calotype.load(tmp_path, device="cpu", dtype="float32")
+        assert model.name == "sd1/inpainting"
+        request = Request(
+            prompt=PROMPT, seed=SEED, steps=STEPS, input_image=picture, mask_image=mask, cfg_scale=3.0, width=SIDE,
+            height=SIDE,
+        )  # fmt: skip
+        *_, last = stream(model.family, request, batched_guidance=batched)
+        assert isinstance(last, Picture)
+        assert_same(np.asarray(last.image, dtype=int), peer, ours(tmp_path, picture, white()))
+
+
+def test_flux_fill(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
+    built = tiny_flux.build(tmp_path, guidance=True, beside=16 + 4 * 64)
+    unused = ("image_encoder", "feature_extractor")
+    pipeline = FluxFillPipeline(**{name: part for name, part in built.components.items() if name not in unused})
+    peer = theirs(pipeline, picture, mask, guidance_scale=30.0, max_sequence_length=16)
+    fields = {"text_tokens": 16, "embedded_guidance": 30.0, "cfg_scale": 1.0}
+    assert calotype.load(tmp_path).name == "flux/fill-dev"
+    assert_same(ours(tmp_path, picture, mask, **fields), peer, ours(tmp_path, picture, white(), **fields))
+
+
+def white() -> Image.Image:
+    return Image.new("L", (SIDE, SIDE), 255)
