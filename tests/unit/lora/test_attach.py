@@ -104,7 +104,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps, end=st.permutations(sorted(states())))
 @pytest.mark.parametrize("memory", ["resident", "stream"])
 def test_any_order_leaves_nothing_behind(
