@@ -124,10 +124,11 @@ class MissingKeys(LoadError):
 
 
 class UnexpectedKeys(LoadError):
-    """A part with tensors that its layout does not have."""
+    """A part with tensors that its layout does not have; `advice` says what to do instead of looking at the file."""
 
-    def __init__(self, source: str, layout: str, keys: Sequence[str]) -> None:
-        super().__init__(source, layout, keys)
+    def __init__(self, source: str, layout: str, keys: Sequence[str], advice: str = "") -> None:
+        super().__init__(source, layout, keys, advice)
+        self.advice = advice
         self.source = source
         self.layout = layout
         self.keys = tuple(keys)
@@ -139,7 +140,9 @@ class UnexpectedKeys(LoadError):
         return f"{_counted(self.keys)} {do} not belong to the layout {self.layout}: {_listed(self.keys)}"
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.what}; run `calotype info {self.source}` to see what the file is"
+        return (
+            f"{self.source}: {self.what}; {self.advice or f'run `calotype info {self.source}` to see what the file is'}"
+        )
 
 
 class WrongShape(LoadError):

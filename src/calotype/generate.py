@@ -6,11 +6,14 @@ frees all that it held.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -18,11 +21,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from calotype.errors import NonFiniteImage, OutOfMemory
+from calotype.checkpoint.files import Weights
+from calotype.errors import NonFiniteImage, OutOfMemory, RequestError, UnexpectedKeys
+from calotype.families.adapters import misfit
 from calotype.families.model import FamilyModel
 from calotype.image import embed_metadata, input_picture, mask_picture, mask_tensor, to_pil, to_tensor
+from calotype.lora.attach import Adapters
+from calotype.lora.files import UNTOLD, find
 from calotype.memory.ladder import Rung, out_of_memory
-from calotype.request import Job, Request, resized
+from calotype.request import Job, Lora, Request, resized
 from calotype.sampling.guidance import guided, guided_both
 from calotype.sampling.levels import Level
 from calotype.sampling.samplers import SAMPLERS, Denoise, Step, evaluated
@@ -91,10 +98,13 @@ def stream(
         mask=None if request.mask_image is None else mask_picture(request.mask_image),
         region_masks=[mask_picture(region.mask, f"regions[{k}].mask") for k, region in enumerate(request.regions)],
     )
+    _wear(model, job.loras)
     cache = PromptCache() if cache is None else cache
     done = 0
     while done < job.count:
         try:
+            if model.adapters is not None:
+                model.adapters.apply()
             with closing(_pictures(model, job, cache, batched_guidance, first=done)) as events:
                 for event in events:
                     yield event
@@ -147,6 +157,40 @@ def _pictures(model: FamilyModel[C], job: Job, cache: PromptCache[C], batched_gu
         yield _picture(model, _decoded(model, x, job.seed + k), job, k)
 
 
+def _wear(model: FamilyModel[C], loras: Sequence[Lora]) -> None:
+    """Have the model draw with a request's LoRAs; what an earlier one asked for stays where this one has it too."""
+    adapters = model.adapters
+    if not loras and (adapters is None or not adapters.worn):
+        return
+    able = _adapters(model)
+    wanted: dict[str, float] = {}
+    for number, lora in enumerate(loras):
+        path = str(find(lora.file).resolve())
+        if path in wanted:
+            raise RequestError(f"loras[{number}]", str(lora.file), "each file once; add up its scales")
+        wanted[path] = lora.scale
+    try:
+        able.wear(wanted, lambda path: Weights.of(path, [Path(path)]))
+    except UnexpectedKeys as error:
+        raise _advised(model, error, Weights.of(error.source, [Path(error.source)])) from error
+
+
+def _adapters(model: FamilyModel[C]) -> Adapters:
+    """What attaches adapters to a model. RequestError where it cannot have any, or not now."""
+    adapters = model.adapters
+    name = f"{model.family}/{model.variant}"
+    if adapters is None or not adapters.applies_to(model.backbone):
+        raise RequestError("loras", name, "none for it: its backend holds weights of its own; load it with torch")
+    if model.memory.busy:
+        raise RequestError("loras", name, "a change between jobs: finish or close the one that runs first")
+    return adapters
+
+
+def _advised(model: FamilyModel[C], error: UnexpectedKeys, weights: Weights) -> UnexpectedKeys:
+    """The error of a file that does not fit, with the family that it does fit."""
+    return UnexpectedKeys(error.source, error.layout, error.keys, misfit(weights, model.family))
+
+
 class _Part(NamedTuple, Generic[C]):
     """A tile of a stage, or all of it: a job of its own, and what its prompts became."""
 
@@ -188,9 +232,10 @@ def _read(
 ) -> tuple[_Stage[C], ...]:
     """Encode all prompts, while the encoders are there."""
     asked: dict[Hashable, tuple[str, Job, bool]] = {}
+    adapted = None if model.adapters is None else model.adapters.text
 
     def key(prompt: str, job: Job, *, negative: bool = False) -> Hashable:
-        made = (model.content, negative, model.conditioned_by(job), prompt)
+        made = (model.content, adapted, negative, model.conditioned_by(job), prompt)
         asked.setdefault(made, (prompt, job, negative))
         return made
 
@@ -246,7 +291,8 @@ def _conditioned(
     """What prompts become, by key; the encoders are needed for those alone that are not remembered."""
     known = {key: value for key in asked if (value := cache.get(key)) is not None}
     if len(known) < len(asked):
-        with model.memory.holding(*model.encoders):
+        encoding = nullcontext() if model.adapters is None else model.adapters.encoding()
+        with model.memory.holding(*model.encoders), encoding:
             for key, (prompt, job, negative) in asked.items():
                 if key not in known:
                     known[key] = model.condition(prompt, job, negative=negative)
@@ -395,6 +441,42 @@ class Model(Generic[C]):
     def name(self) -> str:
         """Family and variant: flux/dev."""
         return f"{self.family.family}/{self.family.variant}"
+
+    @property
+    def attached(self) -> dict[str, float]:
+        """The adapters attached, by name, each with its strength."""
+        adapters = self.family.adapters
+        return {} if adapters is None else {name: adapters[name].scale for name in adapters.names}
+
+    def attach(self, file: str | os.PathLike[str], scale: float = 1.0, name: str | None = None) -> str:
+        """Attach a LoRA (LoCon, DoRA, LoHa, LoKr) to the model, `scale` times as strong as it was trained to be.
+
+        `file` is a path, a folder that PEFT or diffusers wrote, or the name of a file in CALOTYPE_HOME/loras. The name
+        that it is attached under is returned: by default the file's, with a number where that is taken.
+
+        Raises a LoadError for a file that is not sound, UnexpectedKeys for one that belongs to another family, which
+        is named; RequestError for a name or scale that cannot be. The model is then as it was.
+        """
+        adapters = _adapters(self.family)
+        path = find(file)
+        weights = Weights.of(str(file), [path])
+        if name is None:
+            stem = path.stem if path.stem not in UNTOLD else path.parent.name or path.stem
+            taken = set(adapters.names)
+            name = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}-{k}") not in taken)
+        try:
+            adapters.attach(weights, name=name, scale=scale)
+        except UnexpectedKeys as error:
+            raise _advised(self.family, error, weights) from error
+        return name
+
+    def scale(self, name: str, value: float) -> None:
+        """Change an attached adapter's strength; 0 is without it, while the file stays at hand."""
+        _adapters(self.family).scale(name, value)
+
+    def detach(self, name: str) -> None:
+        """Take an adapter away: the model's numbers are those of before, bit for bit."""
+        _adapters(self.family).detach(name)
 
     def stream(self, request: Request) -> Events:
         """Progress and pictures as they come; close the iterator to stop early."""

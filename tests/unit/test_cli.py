@@ -22,6 +22,8 @@ from tiny import flux_model
 import calotype
 from calotype.cli import doctor, progress
 from calotype.cli.generate import SLUG_BYTES, Target, slug
+from calotype.cli.generate import _loras as loras_of
+from calotype.cli.generate import _loras_in as loras_in
 from calotype.cli.main import app, main
 from calotype.cli.output import columns, size
 from calotype.errors import DamagedFile, OutputError, RequestError
@@ -228,6 +230,10 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
     spelt: dict[str, tuple[list[str], Any]] = {
         "extend": (["--extend", "0,0,16,0"], [0, 0, 16, 0]),
         "tiled": (["--tiled"], True),
+        "loras": (
+            ["--lora", "ink.safetensors@0.5", "--lora", "line.safetensors"],
+            [{"file": "ink.safetensors", "scale": 0.5}, {"file": "line.safetensors", "scale": 1.0}],
+        ),
         "regions": (
             ["--region", "left.png=a bear@2.5", "--region", "left.png=a man @ home"],
             [
@@ -244,13 +250,15 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
         ),
     }
     assert {"prompt", "keep_unmasked", *asked, *spelt} == {field.name for field in fields(Request)}
+    for name in ("ink", "line"):
+        Path(f"{name}.safetensors").touch()
     requests: list[Request] = []
     stream = loader.model.stream
 
     def watched(request: Request) -> Events:
         requests.append(request)
         # This model has no use for these.
-        return stream(replace(request, clip_skip=None, **dict.fromkeys(SIZES)))
+        return stream(replace(request, clip_skip=None, loras=(), **dict.fromkeys(SIZES)))
 
     monkeypatch.setattr(loader.model, "stream", watched)
     words = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -258,7 +266,7 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
     assert main(["generate", "a fox", *words]) == 0
     asked |= {name: value for name, (_, value) in spelt.items()}
     assert [request.to_dict() for request in requests] == [{"prompt": "a fox", **asked}]
-    left_out = ("clip_skip", *SIZES)
+    left_out = ("clip_skip", "loras", *SIZES)
     kept = {name: value for name, value in asked.items() if name not in left_out}
     assert read_metadata(capsys.readouterr().out.strip())[0].to_dict() == {"prompt": "a fox", **kept}
 
@@ -997,3 +1005,22 @@ def test_a_place_is_a_folder_or_numbered_files(tmp_path: Path) -> None:
     numbered = Target.of(str(tmp_path / "a.b.png"), 2)
     assert [numbered.path(number, "fox", 7).name for number in (0, 1)] == ["a.b-1.png", "a.b-2.png"]
     assert Target.of(str(tmp_path), 2).path(1, "fox", 7) == tmp_path / "fox-7.png"
+
+
+# ---- LoRAs in prompts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "drawn", "loras"),
+    [
+        ("a fox", [], "a fox", []),
+        ("a  fox < lora", [], "a  fox < lora", []),
+        ("a fox <lora:ink:0.8>", [], "a fox", [{"file": "ink", "scale": 0.8}]),
+        ("a <lora:ink> fox", [], "a fox", [{"file": "ink"}]),
+        ("a fox<lora:ink:-.5:1>", ["b/ink.safetensors"], "a fox", [{"file": "b/ink.safetensors", "scale": -0.5}]),
+        ("a fox <lora:ink>", ["ink.pt@2"], "a fox", [{"file": "ink.pt", "scale": 2.0}]),
+        ("<lora:line:1>a fox", ["ink.pt"], "a fox", [{"file": "ink.pt"}, {"file": "line", "scale": 1.0}]),
+    ],
+)
+def test_a_prompt_may_name_loras(prompt: str, options: list[str], drawn: str, loras: list[dict[str, Any]]) -> None:
+    assert loras_in(prompt, loras_of(options)) == (drawn, loras)

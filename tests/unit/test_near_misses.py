@@ -510,7 +510,7 @@ def test_damaged_and_other_files_are_told(tmp_path: Path, name: str) -> None:
 
 # ---- what does not go together
 
-LORA = "it is not supported yet: leave it out"
+LORA = r"attach it to the model: --lora FILE on the command line, or Model\.attach\(FILE\)"
 # files by name: what load says
 TOGETHER: dict[str, tuple[tuple[Callable[[], Shapes], ...], type[CalotypeError], str]] = {
     "two UNets of different families": (

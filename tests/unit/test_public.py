@@ -17,6 +17,7 @@ PUBLIC = [
     "GenerationError",
     "HighRes",
     "LoadError",
+    "Lora",
     "Lowered",
     "MetadataError",
     "MissingKeys",

@@ -78,6 +78,15 @@ def generate(
     extend: Annotated[
         str | None, _picture("LEFT,TOP,RIGHT,BOTTOM", "Draw so many pixels beyond the --input-image.")
     ] = None,
+    loras: Annotated[
+        list[str] | None,
+        _named(
+            "--lora",
+            "Picture",
+            "FILE[@SCALE]",
+            "Draw with a LoRA; repeat it for others. In the prompt <lora:NAME:SCALE> says the same.",
+        ),
+    ] = None,
     regions: Annotated[
         list[str] | None,
         _named(
@@ -157,6 +166,9 @@ def generate(
     for name, read in READ.items():
         if name in given:
             given[name] = read(given[name])
+    if prompt is not None:
+        given["prompt"], named = _loras_in(prompt, given.get("loras", []))
+        given |= {"loras": named} if named else {}
     sources, drawn_by = model or [], None
     if like is not None:
         old, record = read_metadata(like)
@@ -176,6 +188,11 @@ def generate(
         mask_picture(request.mask_image)
     for number, region in enumerate(request.regions):
         mask_picture(region.mask, f"regions[{number}].mask")
+    if request.loras:
+        from calotype.lora.files import find
+
+        for lora in request.loras:
+            find(lora.file)
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
@@ -222,6 +239,9 @@ def draw(model: Model[Any], request: Request, target: Target, preview: Path | No
                 path = target.path(number, request.prompt, event.seed)
                 save(event.image, path)
             typer.echo(path)
+    adapters = model.family.adapters
+    for file, layers in ({} if adapters is None else adapters.left_out).items():
+        _note(f"{file}: {layers} layers are of text encoders that this model does without")
 
 
 def _sources(record: dict[str, Any]) -> list[str]:
@@ -290,7 +310,40 @@ def _high_res(texts: list[str]) -> list[dict[str, Any]]:
     return made
 
 
-READ: dict[str, Callable[[Any], Any]] = {"extend": _extension, "regions": _regions, "high_res": _high_res}
+LORA = re.compile(r"<lora:([^:<>]+)(?::([-+]?(?:\d+(?:\.\d*)?|\.\d+)))?(?::[^<>]*)?>")
+
+
+def _loras(texts: list[str]) -> list[dict[str, Any]]:
+    """FILE[@SCALE], each."""
+    made: list[dict[str, Any]] = []
+    for text in texts:
+        found = None if Path(text).exists() else re.fullmatch(r"(.+)@([-+]?\d+(?:\.\d+)?)", text)
+        made.append({"file": text} if found is None else {"file": found[1], "scale": float(found[2])})
+    return made
+
+
+def _loras_in(prompt: str, given: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """A prompt without the words <lora:NAME:SCALE>, and all LoRAs: those given by options, and those that it names.
+
+    NAME is that of a file among the options, which then takes the prompt's scale, or what --lora would take.
+    """
+    made = [dict(each) for each in given]
+    for name, scale in LORA.findall(prompt):
+        known = next((each for each in made if name in (Path(each["file"]).stem, Path(each["file"]).name)), None)
+        if known is None:
+            known = {"file": name}
+            made.append(known)
+        if scale:
+            known["scale"] = float(scale)
+    return re.sub(r"\s{2,}", " ", LORA.sub("", prompt)).strip() if LORA.search(prompt) else prompt, made
+
+
+READ: dict[str, Callable[[Any], Any]] = {
+    "extend": _extension,
+    "loras": _loras,
+    "regions": _regions,
+    "high_res": _high_res,
+}
 
 
 def _storage(given: list[str] | None) -> dict[str, str]:

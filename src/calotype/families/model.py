@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from calotype.lora.attach import Adapters
 from calotype.memory.ladder import Memory
 from calotype.request import Defaults, Job
 from calotype.sampling.guidance import Both, Prediction
@@ -31,6 +32,7 @@ class FamilyModel(ABC, Generic[C]):
     encoders: tuple[nn.Module, ...]
     backbone: nn.Module
     vae: nn.Module
+    adapters: Adapters | None = None  # LoRA and its kin, where the model can take them
     inpaints: bool = False  # takes a mask and the masked picture beside the noisy latents, as `beside` makes them
     content: Hashable = None  # equal where encoders, tokenizers and settings are: prompts become the same then
 

@@ -31,6 +31,8 @@ from calotype.loading.rounding import rounding_error
 from calotype.loading.sharing import PROMPTS, Built, digest_of, fingerprint, shared
 from calotype.loading.storage import FILE, NONE, asked, keep, kinds, lossy, storage_error, stored_dtype
 from calotype.loading.tokenizers import tokenizer_for
+from calotype.lora.attach import Adapters
+from calotype.lora.targets import Adaptable
 from calotype.memory.ladder import RUNGS, Memory, Rung
 from calotype.memory.layers import Maker
 from calotype.memory.pages import Mapping as MappedFile
@@ -131,6 +133,19 @@ def load(
             device=target,
         )
     )
+    adaptable = [
+        Adaptable(
+            role.name,
+            role.folder,
+            networks[role.name],
+            chosen[role.name].found.part,
+            configs[role.name],
+            role is family.backbone,
+        )
+        for role in family.roles
+        if role.name in networks and (role is family.backbone or role.tokenizer)
+    ]
+    model.adapters = Adapters(adaptable, lambda: model.memory, family=family.name)
     model.memory = Memory(
         target,
         rung,

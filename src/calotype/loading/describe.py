@@ -13,9 +13,11 @@ from calotype.checkpoint.known import Known
 from calotype.checkpoint.layouts import Found
 from calotype.errors import LoadError, MissingKeys, UnexpectedKeys, UnsupportedModel
 from calotype.families import FAMILIES
+from calotype.families.adapters import fitting
 from calotype.families.family import Family, Role
 from calotype.loading.gather import Item, Opened, choose, gather
 from calotype.loading.refusals import damage, fragment, refuse_damaged, takers_of
+from calotype.lora.files import summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +68,15 @@ def describe(source: str | os.PathLike[str]) -> Description:
     for item in opened.items:
         attachment = item.detected.attachment
         if attachment is not None:
-            note = "goes with a model, and is none itself" + (
-                "; give it beside one, and write its file's name in a prompt" if attachment.kind == "embedding" else ""
-            )
+            note = f"goes with a model, and is none itself{_use(attachment.kind)}"
+            known_family = attachment.family
+            if attachment.kind == "lora":
+                note = f"{summary(item.detected.weights)}; {note}"
+                known_family = known_family or next(iter(fitting(item.detected.weights)), None)
             return _described(
                 opened.name,
                 attachment.kind,
-                family=attachment.family,
+                family=known_family,
                 layout=attachment.layout,
                 note=note,
                 parts=parts,
@@ -106,6 +110,13 @@ def describe(source: str | os.PathLike[str]) -> Description:
         note = f"no known model{pipeline}{': ' + why if why else ''}"
         return _described(opened.name, "unknown", note=note, parts=parts)
     return _of_family(opened, parts)
+
+
+def _use(kind: str) -> str:
+    """What to do with something that goes with a model."""
+    if kind == "embedding":
+        return "; give it beside one, and write its file's name in a prompt"
+    return "; attach it with --lora, or Model.attach" if kind == "lora" else ""
 
 
 def _of_family(opened: Opened, parts: tuple[PartDescription, ...]) -> Description:

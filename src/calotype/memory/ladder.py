@@ -92,6 +92,16 @@ class Memory:
         self.release()
         return True
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job holds any of the networks."""
+        return any(part.in_use for part in self._parts.values())
+
+    def renew(self) -> None:
+        """Look at the networks anew, as some of their weights were replaced. Only between jobs."""
+        assert not self.busy
+        self._parts.clear()
+
     def release(self) -> None:
         """Give what nobody holds back to the device."""
         gc.collect()
@@ -110,6 +120,10 @@ class Part:
         self._depth = 0
         self._met = False
         self._belt = Belt(device)
+
+    @property
+    def in_use(self) -> bool:
+        return self._depth > 0
 
     @contextmanager
     def held(self) -> Generator[None, None, None]:

@@ -5,6 +5,7 @@ Each part checks itself when built, and goes to and from plain values as the req
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -79,6 +80,27 @@ class Region(Part):
         text("prompt", self.prompt)
         picture("mask", self.mask)
         real("scale", self.scale, 0, 1000)
+
+
+@dataclass(frozen=True)
+class Lora(Part):
+    """A LoRA (or its kin) to draw with.
+
+    file     its path, a folder of PEFT's or diffusers', or the name of a file in CALOTYPE_HOME/loras
+    scale    how strong it is, against what it was trained to be
+    """
+
+    file: str | os.PathLike[str]
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.file, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError("file", self.file, "the path of a file")
+        object.__setattr__(self, "file", os.fspath(self.file))
+        text("file", self.file)
+        if not self.file:
+            raise RequestError("file", self.file, "the path of a file")
+        real("scale", self.scale, -100, 100)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calotype.errors import RequestError
 from calotype.request.checks import MAX_COUNT, MAX_SEED, MAX_SIDE, MAX_STEPS, flag, picture, real, text, whole
-from calotype.request.parts import HighRes, Part, Region, parts_of
+from calotype.request.parts import HighRes, Lora, Part, Region, parts_of
 from calotype.request.pictures import (
     Extension,
     extended,
@@ -107,6 +107,7 @@ class Job:
     mask_feather: int = 0
     keep_unmasked: bool = False
     extend: Extension | None = None
+    loras: tuple[Lora, ...] = ()
     regions: tuple[Region, ...] = ()
     region_masks: tuple[Image.Image, ...] = ()
     high_res: tuple[HighRes, ...] = ()
@@ -193,6 +194,7 @@ class Request:
     keep_unmasked      put the input image back where the mask is black: those pixels stay as they are, bit for bit
     extend             pixels to draw beyond the input image: (left, top, right, bottom); it grows by them, at the right
                        and bottom as far as the grain needs, and is not resized
+    loras              LoRAs (LoCon, DoRA, LoHa, LoKr) to draw with, each with its scale; together they add up
     regions            prompts for places in the picture
     high_res           passes over the finished picture at higher resolutions, one after another
     tiled              the network sees the picture in overlapping tiles: for sizes that it was not trained for
@@ -225,6 +227,7 @@ class Request:
     mask_feather: int = 0
     keep_unmasked: bool = False
     extend: Extension | None = None
+    loras: tuple[Lora, ...] = ()
     regions: tuple[Region, ...] = ()
     high_res: tuple[HighRes, ...] = ()
     tiled: bool = False
@@ -273,6 +276,7 @@ class Request:
         for field in ("input_image", "mask_image"):
             if getattr(self, field) is not None:
                 picture(field, getattr(self, field))
+        object.__setattr__(self, "loras", parts_of(Lora, "loras", self.loras))
         object.__setattr__(self, "regions", parts_of(Region, "regions", self.regions))
         object.__setattr__(self, "high_res", parts_of(HighRes, "high_res", self.high_res))
         if self.extend is not None:
@@ -398,6 +402,7 @@ class Request:
             mask_feather=self.mask_feather,
             keep_unmasked=self.keep_unmasked,
             extend=self.extend,
+            loras=self.loras,
             regions=self.regions,
             region_masks=tuple(resized(each, Size(width, height)) for each in region_masks),
             high_res=self.high_res,
@@ -445,6 +450,7 @@ _SILENT: dict[str, Any] = {
     "mask_feather": 0,
     "keep_unmasked": False,
     "extend": None,
+    "loras": (),
     "regions": (),
     "high_res": (),
     "tiled": False,
