@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from calotype.cli.annotate import annotate
 from calotype.cli.convert import convert
 from calotype.cli.doctor import doctor
 from calotype.cli.generate import generate
@@ -65,6 +66,7 @@ def calotype(
 app.command()(generate)
 app.command()(info)
 app.command()(convert)
+app.command()(annotate)
 app.command()(models)
 app.command()(doctor)
 

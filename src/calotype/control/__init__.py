@@ -1,0 +1,1 @@
+"""Control: pictures that lead a ControlNet."""
