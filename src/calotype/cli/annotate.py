@@ -29,7 +29,11 @@ def annotate(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", metavar="FILE", help="Where to write. Without it, here as IMAGE-KIND.png.", show_default=False
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="Where to write. Without it, here as IMAGE-KIND.png.",
+            show_default=False,
         ),
     ] = None,
     width: Annotated[
@@ -40,12 +44,8 @@ def annotate(
     ] = None,
     low: Annotated[float | None, _setting("X", "canny: slopes above it are edges beside strong ones (100).")] = None,
     high: Annotated[float | None, _setting("X", "canny: slopes above it are edges, up to 2040 (200).")] = None,
-    line_width: Annotated[
-        float | None, _setting("X", "lineart, softedge: 512ths of the shorter side (1).")
-    ] = None,
-    strength: Annotated[
-        float | None, _setting("X", "lineart, softedge: higher shows fainter ones too (1).")
-    ] = None,
+    line_width: Annotated[float | None, _setting("X", "lineart, softedge: 512ths of the shorter side (1).")] = None,
+    strength: Annotated[float | None, _setting("X", "lineart, softedge: higher shows fainter ones too (1).")] = None,
     blur: Annotated[
         float | None, _setting("PIXELS", "canny, tile (0), blur (8): the Gaussian's standard deviation.")
     ] = None,

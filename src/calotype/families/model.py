@@ -70,9 +70,7 @@ class FamilyModel(ABC, Generic[C]):
         """
 
     @abstractmethod
-    def both(
-        self, positive: C, negative: C, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
-    ) -> Both:
+    def both(self, positive: C, negative: C, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()) -> Both:
         """As `denoiser`, for both sides of classifier-free guidance in one pass through the network."""
 
     def beside(self, picture: Tensor, mask: Tensor) -> Tensor:

@@ -211,7 +211,11 @@ def control_misfit(network: ControlNetConfig, config: UNetConfig) -> str | None:
         ("residual blocks a level:", own.blocks, config.blocks),
         ("latent channels:", own.channels_in, config.channels_out),
         ("text of width", own.text_width, config.text_width),
-        ("text, before its projection, of width", own.text_width_in, own.text_width_in if borrows else config.text_width_in),
+        (
+            "text, before its projection, of width",
+            own.text_width_in,
+            own.text_width_in if borrows else config.text_width_in,
+        ),
         ("pooled text and sizes of width", own.vector_width, own.vector_width if borrows else config.vector_width),
     ):
         if has != wants:

@@ -28,9 +28,7 @@ def require(module: str, extra: str) -> Any:
         ) from error
 
 
-def detect(
-    name: str, picture: Image.Image, resolution: int, weights: str, device: str, **options: Any
-) -> Image.Image:
+def detect(name: str, picture: Image.Image, resolution: int, weights: str, device: str, **options: Any) -> Image.Image:
     """What a detector of controlnet-aux draws, RGB, of the picture's size."""
     detector = getattr(require("controlnet_aux", "annotators"), name)
     try:
