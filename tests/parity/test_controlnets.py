@@ -43,15 +43,22 @@ def controlnet(folder: Path, *, sdxl: bool, seed: int = 7, **more: Any) -> Any: 
 
 
 def union(folder: Path, kinds: int = 8) -> Any:  # noqa: ANN401
-    settings = dict(unet(sdxl=True).config)
-    known = ControlNetUnionModel.__init__.__wrapped__.__code__.co_varnames  # pyright: ignore[reportFunctionMemberAccess]
-    chosen = {name: value for name, value in settings.items() if name in known and value is not None}
-    chosen |= {
+    chosen: dict[str, Any] = {
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "attention_head_dim": (2, 4, 4),
+        "transformer_layers_per_block": (1, 1, 2),
+        "cross_attention_dim": 32 + 48,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 40,
         "conditioning_embedding_out_channels": HINTS,
         "num_control_type": kinds,
         "num_trans_channel": 32,
         "num_proj_channel": 32,
-        "num_trans_head": 4,
+        "num_trans_head": 8,
     }
     return made(ControlNetUnionModel(**chosen), 9, folder)
 
@@ -149,7 +156,7 @@ def test_kolors_own_residuals_with_their_projection_of_text(tmp_path: Path) -> N
         down, middle = net(
             x,
             torch.tensor([401.0]),
-            encoder_hidden_states=text,
+            encoder_hidden_states=net.encoder_hid_proj(text),  # which Kolors' pipeline does
             controlnet_cond=hint,
             added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
             return_dict=False,
@@ -185,9 +192,7 @@ def test_the_authors_names_give_the_same_network(tmp_path: Path) -> None:
     layout = CONTROLNET.layout("original")
     assert layout is not None
     _, binding = CONTROLNET.bind(layout, mine.settings)
-    save_file(
-        {f"control_model.{k}": v for k, v in binding.save(mine.state_dict())}, tmp_path / "b.safetensors"
-    )
+    save_file({f"control_model.{k}": v for k, v in binding.save(mine.state_dict())}, tmp_path / "b.safetensors")
     theirs = opened(tmp_path / "b.safetensors")
     assert theirs.settings == mine.settings
     for name, value in theirs.state_dict().items():

@@ -84,6 +84,15 @@ def generate(
             "--region", "Picture", "MASK=PROMPT[@SCALE]", "A prompt for what is white in MASK; repeat it for others."
         ),
     ] = None,
+    controls: Annotated[
+        list[str] | None,
+        _named(
+            "--control",
+            "Picture",
+            "KIND=MODEL:IMAGE[@SCALE]",
+            "Lead the ControlNet in MODEL by IMAGE, as the annotator KIND draws it (none: as it is); repeat it for others.",
+        ),
+    ] = None,
     high_res: Annotated[
         list[str] | None,
         _named(
@@ -176,6 +185,8 @@ def generate(
         mask_picture(request.mask_image)
     for number, region in enumerate(request.regions):
         mask_picture(region.mask, f"regions[{number}].mask")
+    for control in request.controls:
+        input_picture(control.image)
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
@@ -276,6 +287,19 @@ def _regions(texts: list[str]) -> list[dict[str, Any]]:
     return made
 
 
+def _controls(texts: list[str]) -> list[dict[str, Any]]:
+    """KIND=MODEL:IMAGE[@SCALE], each. The last colon that stands before a name, and not a drive, parts the two."""
+    made: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        found = re.fullmatch(r"([^=]+)=(.+):((?:[A-Za-z]:(?=[\\\\/]))?[^:]+?)(?:@(\d+(?:\.\d+)?))?", text)
+        if found is None:
+            allowed = "KIND=MODEL:IMAGE[@SCALE], as canny=control.safetensors:photo.png@0.8"
+            raise RequestError(f"controls[{number}]", text, allowed)
+        values = {"kind": found[1], "model": found[2], "image": found[3]}
+        made.append(values if found[4] is None else {**values, "scale": float(found[4])})
+    return made
+
+
 def _high_res(texts: list[str]) -> list[dict[str, Any]]:
     """WxH[@STRENGTH[@STEPS[@UPSCALER]]], each."""
     made: list[dict[str, Any]] = []
@@ -290,7 +314,12 @@ def _high_res(texts: list[str]) -> list[dict[str, Any]]:
     return made
 
 
-READ: dict[str, Callable[[Any], Any]] = {"extend": _extension, "regions": _regions, "high_res": _high_res}
+READ: dict[str, Callable[[Any], Any]] = {
+    "extend": _extension,
+    "regions": _regions,
+    "controls": _controls,
+    "high_res": _high_res,
+}
 
 
 def _storage(given: list[str] | None) -> dict[str, str]:

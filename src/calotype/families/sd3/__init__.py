@@ -11,8 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from calotype.errors import RequestError
 from calotype.control.hints import Hint
+from calotype.errors import RequestError
 from calotype.families.flow import FlowSettings
 from calotype.families.model import FamilyModel, refuse_hints
 from calotype.families.sd3.conditioning import ClipReader, Sd3Conditioning, T5Reader, condition, joined
