@@ -444,7 +444,10 @@ class Model(Generic[C]):
         prompts: PromptCache[C] | None = None,
         controls: Callable[[str], ControlNet] | None = None,
     ) -> None:
-        """`controls` loads ControlNets for this model. `prompts` may be shared between models: each finds its own by `family.content`."""
+        """`controls` loads ControlNets for this model.
+
+        `prompts` may be shared between models: each finds its own by `family.content`.
+        """
         self.family = family
         self.storage_errors = dict(storage_errors or {})  # of parts kept in fewer bits, relative to what was read
         self.left_out = dict(left_out or {})  # parts that it does without, and what that means

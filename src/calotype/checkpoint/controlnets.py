@@ -10,7 +10,7 @@ from calotype.checkpoint.unets import diffusers_config, diffusers_descent, origi
 from calotype.nn.controlnet import ControlNet, ControlNetConfig, UnionConfig
 
 HINT_WIDTHS = (16, 32, 96, 256)  # as published
-PROMAX = UnionConfig(kinds=8, heads=8, layers=1)
+PROMAX = UnionConfig(kinds=8, layers=1)
 
 
 def _original_table(config: ControlNetConfig) -> Table:
@@ -76,7 +76,6 @@ def _diffusers_config(evidence: Evidence) -> ControlNetConfig:
     if "task_embedding" in evidence.weights:
         union = UnionConfig(
             kinds=evidence.size("task_embedding"),
-            heads=evidence.number("num_trans_head", PROMAX.heads),
             layers=evidence.count("transformer_layes.{i}."),
         )
     return ControlNetConfig(unet=diffusers_config(evidence, ""), hint_widths=tuple(widths), union=union)

@@ -90,7 +90,8 @@ def generate(
             "--control",
             "Picture",
             "KIND=MODEL:IMAGE[@SCALE]",
-            "Lead the ControlNet in MODEL by IMAGE, as the annotator KIND draws it (none: as it is); repeat it for others.",
+            "Lead the ControlNet in MODEL by IMAGE, as the annotator KIND draws it (none: as it is); repeat it for "
+            "others.",
         ),
     ] = None,
     high_res: Annotated[

@@ -8,7 +8,7 @@ from functools import cached_property
 from torch import Tensor
 
 from calotype.errors import RequestError
-from calotype.nn.controlnet import ControlNet, Embedded
+from calotype.nn.controlnet import ControlNet
 
 # The kinds that xinsir's union ControlNets are told, by number; annotators' names first.
 UNION_KINDS: dict[str, int] = {
@@ -47,7 +47,7 @@ class Hint:
     kind: int | None = None
 
     @cached_property
-    def embedded(self) -> Embedded:
+    def embedded(self) -> Tensor:
         """What the picture is to the network, computed once."""
         return self.network.embed(self.picture, self.kind)
 

@@ -1,22 +1,22 @@
 """ControlNets of UNets (Zhang et al. 2023): a copy of the way down that sees a picture, and adds to the UNet.
 
 A union ControlNet (xinsir, 2024) knows several kinds of picture: it is told which one it gets, and a small transformer
-over the means of the picture's and the latents' features decides how much of each channel is taken.
+over the means of its features and of the latents' says what is added to each channel. As published, and as diffusers runs
+it, that transformer attends over the batch and not over its two members: for a picture of its own each of them meets
+itself alone, attention is what its values are, and nothing of it depends on the latents. So it runs once a job.
 """
 
-# b batch · c channels · h height · w width · m members: the picture, then the latents
+# b batch · c channels · h height · w width
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from calotype.nn.attention import attention, split_heads
 from calotype.nn.conv import Conv2d
 from calotype.nn.embeddings import Embedder, sinusoid
 from calotype.nn.linear import Linear
@@ -28,7 +28,6 @@ class UnionConfig:
     """`kinds` of picture that a union ControlNet knows, and its transformer over their means."""
 
     kinds: int
-    heads: int
     layers: int
 
 
@@ -43,13 +42,6 @@ class ControlNetConfig:
     unet: UNetConfig
     hint_widths: tuple[int, ...]
     union: UnionConfig | None
-
-
-class Embedded(NamedTuple):
-    """What a picture is to a ControlNet: computed once a job."""
-
-    features: Tensor  # b c h w, on the latents' grid
-    mean: Tensor | None  # b c, told the kind of picture: for a union's transformer
 
 
 class HintEmbedding(nn.ModuleList):
@@ -73,9 +65,8 @@ class HintEmbedding(nn.ModuleList):
 class MemberBlock(nn.Module):
     """One block of a union's transformer, CLIP's kind."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
@@ -84,9 +75,9 @@ class MemberBlock(nn.Module):
         self.mlp_out = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """b m c -> b m c"""
-        q, k, v = (split_heads(part, self.heads) for part in self.qkv(self.attention_norm(x)).chunk(3, dim=-1))
-        x = x + self.out(attention(q, k, v))
+        """b c -> b c; each row by itself, so that attention gives its value."""
+        *_, value = self.qkv(self.attention_norm(x)).chunk(3, dim=-1)
+        x = x + self.out(value)
         y = self.mlp_in(self.mlp_norm(x))
         return x + self.mlp_out(y * torch.sigmoid(1.702 * y))
 
@@ -99,16 +90,15 @@ class Union(nn.Module):
         width = config.unet.widths[0]
         self.kinds = nn.Parameter(torch.empty(union.kinds, width))
         self.kinds_in = Embedder(union.kinds * config.unet.size_width, 4 * width)
-        self.blocks = nn.ModuleList(MemberBlock(width, union.heads) for _ in range(union.layers))
+        self.blocks = nn.ModuleList(MemberBlock(width) for _ in range(union.layers))
         self.out = Linear(width, width)
 
-    def fused(self, x: Tensor, hint: Embedded) -> Tensor:
-        """What is added to the latents' features x (b c h w)."""
-        assert hint.mean is not None
-        members = torch.stack([hint.mean.expand(len(x), -1), x.mean(dim=(2, 3))], dim=1)
+    def forward(self, features: Tensor, kind: int) -> Tensor:
+        """A picture's features (b c h w), of the kind of this number -> what is added to the latents'."""
+        member = features.mean(dim=(2, 3)) + self.kinds[kind]
         for block in self.blocks:
-            members = block(members)
-        return hint.features + self.out(members[:, 0])[..., None, None]
+            member = block(member)
+        return features + self.out(member)[..., None, None]
 
 
 class ControlNet(Descent):
@@ -126,16 +116,16 @@ class ControlNet(Descent):
         self.taps = nn.ModuleList(Conv2d(width, width, 1) for width in [*widths, config.unet.widths[-1]])
 
     def only_for_preparing(self) -> tuple[nn.Module, ...]:
-        told = () if self.union is None else (self.union.kinds_in,)
+        told = () if self.union is None else tuple(self.union.modules())
         return (*super().only_for_preparing(), *self.hint, *told)
 
-    def embed(self, picture: Tensor, kind: int | None) -> Embedded:
-        """What a picture (b 3 8h 8w) in 0..1 is to this network; a union must be told its kind."""
+    def embed(self, picture: Tensor, kind: int | None) -> Tensor:
+        """What a picture (b 3 8h 8w) in 0..1 adds to the latents' features, b c h w; a union must be told its kind."""
         features = self.hint(picture.to(self.conv_in.dtype))
         if self.union is None:
-            return Embedded(features, None)
+            return features
         assert kind is not None
-        return Embedded(features, features.mean(dim=(2, 3)) + self.union.kinds[kind])
+        return self.union(features, kind)
 
     def prepare_hinted(
         self, texts: Sequence[Tensor], vector: Tensor | None, times: Tensor, kind: int | None, reader: Descent | None
@@ -150,11 +140,8 @@ class ControlNet(Descent):
             told = self.union.kinds_in(sinusoid(kinds, self.config.size_width).reshape(1, -1).to(self.conv_in.dtype))
         return self.prepare(texts, vector, times, reader=reader, told=told)
 
-    def forward(
-        self, x: Tensor, shifts: Sequence[Tensor], text: Sequence[KeysAndValues], hint: Embedded
-    ) -> list[Tensor]:
-        """x (b channels h w) with `shifts` and `text` of `Prepared.at` -> the additions, the middle's last."""
+    def forward(self, x: Tensor, shifts: Sequence[Tensor], text: Sequence[KeysAndValues], hint: Tensor) -> list[Tensor]:
+        """x (b channels h w) with `shifts` and `text` of `Prepared.at`, and `hint` of `embed` -> the additions, the middle's last."""
         x = self.conv_in(x.to(self.conv_in.dtype))
-        x = x + (hint.features if self.union is None else self.union.fused(x, hint))
-        made = self.descend(x, iter(shifts), iter(text))
+        made = self.descend(x + hint, iter(shifts), iter(text))
         return [tap(each) for tap, each in zip(self.taps, made, strict=True)]
