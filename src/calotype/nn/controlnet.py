@@ -2,7 +2,7 @@
 
 A union ControlNet (xinsir, 2024) knows several kinds of picture: it is told which one it gets, and a small transformer
 over the means of its features and of the latents' says what is added to each channel. As published, and as diffusers
-runs it, that transformer attends over the batch and not over its two members: for a picture of its own each of them meets
+runs it, that transformer attends over the batch and not over its two members: for one picture each of them meets
 itself alone, attention is what its values are, and nothing of it depends on the latents. So it runs once a job.
 """
 
@@ -141,7 +141,7 @@ class ControlNet(Descent):
         return self.prepare(texts, vector, times, reader=reader, told=told)
 
     def forward(self, x: Tensor, shifts: Sequence[Tensor], text: Sequence[KeysAndValues], hint: Tensor) -> list[Tensor]:
-        """x (b channels h w) with `shifts` and `text` of `Prepared.at`, `hint` of `embed` -> what is added, the middle last."""
+        """x (b channels h w) with `shifts` and `text` of `Prepared.at`, `hint` of `embed` -> additions."""
         x = self.conv_in(x.to(self.conv_in.dtype))
         made = self.descend(x + hint, iter(shifts), iter(text))
         return [tap(each) for tap, each in zip(self.taps, made, strict=True)]

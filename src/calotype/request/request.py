@@ -339,8 +339,8 @@ class Request:
         """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
 
         `picture`, `mask`, `region_masks` and `control_images` are those of the request, opened. Raises RequestError for
-        sizes off the grid, samplers or schedules that the family's process does not have, and values for what the model has
-        no use for.
+        sizes off the grid, samplers or schedules that the family's process does not have, and values for what the
+        model has no use for.
         """
         assert (picture is None) == (self.input_image is None)
         assert (mask is None) == (self.mask_image is None)
