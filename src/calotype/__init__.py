@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from calotype.generate import Lowered, Model, Picture, Progress
     from calotype.image import read_metadata, save
     from calotype.loading import Description, describe, load
-    from calotype.request import HighRes, Lora, Region, Request, Size
+    from calotype.request import Control, HighRes, Lora, Region, Request, Size
     from calotype.version import VERSION as __version__
 
 __all__ = [
     "CalotypeError",
+    "Control",
     "DamagedFile",
     "Description",
     "GenerationError",
@@ -83,6 +84,7 @@ _HOMES = {
     "Picture": "generate",
     "Progress": "generate",
     "Region": "request",
+    "Control": "request",
     "Request": "request",
     "Size": "request",
     "describe": "loading",

@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from calotype.checkpoint.files import Weights
+from calotype.control.annotators import annotate
+from calotype.control.hints import Hint, kind_of
 from calotype.errors import NonFiniteImage, OutOfMemory, RequestError, UnexpectedKeys
 from calotype.families.adapters import misfit
 from calotype.families.model import FamilyModel
@@ -29,6 +31,7 @@ from calotype.image import embed_metadata, input_picture, mask_picture, mask_ten
 from calotype.lora.attach import Adapters
 from calotype.lora.files import UNTOLD, find
 from calotype.memory.ladder import Rung, out_of_memory
+from calotype.nn.controlnet import ControlNet
 from calotype.request import Job, Lora, Request, resized
 from calotype.sampling.guidance import guided, guided_both
 from calotype.sampling.levels import Level
@@ -79,7 +82,12 @@ Events = Generator[Event, None, None]
 
 @torch.inference_mode()
 def stream(
-    model: FamilyModel[C], request: Request, *, cache: PromptCache[C] | None = None, batched_guidance: bool = True
+    model: FamilyModel[C],
+    request: Request,
+    *,
+    cache: PromptCache[C] | None = None,
+    batched_guidance: bool = True,
+    networks: Sequence[ControlNet] = (),
 ) -> Events:
     """Draw `request.count` pictures, one after another: for each the steps of all stages, then a Picture.
 
@@ -87,7 +95,7 @@ def stream(
 
     Picture k depends on seed + k alone, not on how many are asked for: its noise comes from a generator of its own,
     on the CPU in float32, and it is computed by itself. `cache` remembers what prompts became. `batched_guidance` runs
-    both sides of classifier-free guidance in one pass instead of two.
+    both sides of classifier-free guidance in one pass instead of two. `networks` are those of the request's controls.
 
     Raises RequestError before any work, NonFiniteImage instead of a black picture, OutOfMemory on the last rung.
     """
@@ -97,7 +105,12 @@ def stream(
         picture=None if request.input_image is None else input_picture(request.input_image),
         mask=None if request.mask_image is None else mask_picture(request.mask_image),
         region_masks=[mask_picture(region.mask, f"regions[{k}].mask") for k, region in enumerate(request.regions)],
+        control_images=[input_picture(control.image) for control in request.controls],
     )
+    job = replace(job, control_images=_annotated(job))
+    assert len(networks) == len(job.controls)
+    for number, (control, network) in enumerate(zip(job.controls, networks, strict=True)):
+        kind_of(network, control.kind, f"controls[{number}].kind")
     _wear(model, job.loras)
     cache = PromptCache() if cache is None else cache
     done = 0
@@ -105,7 +118,7 @@ def stream(
         try:
             if model.adapters is not None:
                 model.adapters.apply()
-            with closing(_pictures(model, job, cache, batched_guidance, first=done)) as events:
+            with closing(_pictures(model, job, cache, networks, batched_guidance, first=done)) as events:
                 for event in events:
                     yield event
                     done += isinstance(event, Picture)
@@ -125,7 +138,29 @@ def stream(
         yield Lowered(picture=done, before=before, rung=model.memory.rung, reason=reason)
 
 
-def _pictures(model: FamilyModel[C], job: Job, cache: PromptCache[C], batched_guidance: bool, *, first: int) -> Events:
+def _annotated(job: Job) -> tuple[Image.Image, ...]:
+    """What a job's controls show to their networks."""
+    drawn: list[Image.Image] = []
+    for number, (control, picture) in enumerate(zip(job.controls, job.control_images, strict=True)):
+        if control.kind == "none" or control.kind.startswith("none:"):
+            drawn.append(picture)
+            continue
+        try:
+            drawn.append(annotate(control.kind, picture, job.size))
+        except RequestError as error:
+            raise RequestError(f"controls[{number}].{error.field}", error.value, error.allowed) from None
+    return tuple(drawn)
+
+
+def _pictures(
+    model: FamilyModel[C],
+    job: Job,
+    cache: PromptCache[C],
+    networks: Sequence[ControlNet],
+    batched_guidance: bool,
+    *,
+    first: int,
+) -> Events:
     """The pictures of a job from number `first` on."""
     stages = _read(model, _stages(model, job), cache)
     input_latents = None if job.input_image is None else _encoded(model, job.input_image)
@@ -138,10 +173,10 @@ def _pictures(model: FamilyModel[C], job: Job, cache: PromptCache[C], batched_gu
                 assert x is not None
                 x, begun = _enlarged(model, x, stage.job, job.high_res[number - 1].upscaler, job.seed + k)
             more = _beside(model, stage.job, begun) if model.inpaints else None
-            with model.memory.holding(model.backbone):
+            with model.memory.holding(model.backbone, *networks):
                 # What later stages of a model that inpaints see is another picture each time.
                 if number not in denoisers or (number and model.inpaints):
-                    denoisers[number] = _denoiser(model, stage, batched_guidance, more)
+                    denoisers[number] = _denoiser(model, stage, networks, batched_guidance, more)
                 for step in _steps(model, stage.job, denoisers[number], x, job.seed + k):
                     x = step.x
                     yield Progress(
@@ -340,35 +375,57 @@ def _beside(model: FamilyModel[C], job: Job, picture: Image.Image | None) -> Ten
         return model.beside(to_tensor(shown)[None].to(model.device), drawn.to(model.device))
 
 
-def _denoiser(model: FamilyModel[C], stage: _Stage[C], batched: bool, more: Tensor | None) -> Denoise:
+def _denoiser(
+    model: FamilyModel[C], stage: _Stage[C], networks: Sequence[ControlNet], batched: bool, more: Tensor | None
+) -> Denoise:
     """The Denoise of a stage, made of those of its tiles."""
     levels = evaluated(SAMPLERS[stage.job.sampler], model.levels(stage.job))
     alike: dict[Hashable, Denoise] = {}
     tiles: list[Tile] = []
     for part in stage.parts:
         # Tiles of one size that are told the same are one picture to the network.
-        own = part.box if part.regions or more is not None else None
+        own = part.box if part.regions or networks or more is not None else None
         same = (part.job.size, model.conditioned_by(part.job), own)
         if same not in alike:
             there = None if more is None else part.box.of(more)
-            alike[same] = _of_part(model, part, levels, batched, there)
+            alike[same] = _of_part(model, part, levels, _hints(model, part.job, networks), batched, there)
         tiles.append(Tile(part.box, alike[same]))
     _, height, width = model.noise_shape(stage.job)
     return tiles[0].denoise if len(tiles) == 1 else tiled(tiles, height, width)
 
 
+def _hints(model: FamilyModel[C], job: Job, networks: Sequence[ControlNet]) -> tuple[Hint, ...]:
+    """What the ControlNets of a job, or of a tile of it, are led by."""
+    return tuple(
+        Hint(
+            network=network,
+            picture=to_tensor(picture)[None].to(model.device),
+            scale=control.scale,
+            start=control.start,
+            end=control.end,
+            kind=kind_of(network, control.kind, "kind"),
+        )
+        for control, picture, network in zip(job.controls, job.control_images, networks, strict=True)
+    )
+
+
 def _of_part(
-    model: FamilyModel[C], part: _Part[C], levels: Sequence[Level], batched: bool, more: Tensor | None
+    model: FamilyModel[C],
+    part: _Part[C],
+    levels: Sequence[Level],
+    hints: Sequence[Hint],
+    batched: bool,
+    more: Tensor | None,
 ) -> Denoise:
     """The family's own Denoise, with prompts for regions, under classifier-free guidance where the job asks for it."""
     job = part.job
 
     def denoiser(conditioning: C) -> Denoise:
-        denoise = model.denoiser(conditioning, levels, job)
+        denoise = model.denoiser(conditioning, levels, job, hints=hints)
         return denoise if more is None else beside(denoise, more)
 
     if part.negative is not None and not part.regions and batched:
-        both = model.both(part.positive, part.negative, levels, job)
+        both = model.both(part.positive, part.negative, levels, job, hints=hints)
         return guided_both(
             both if more is None else beside(both, more), job.cfg_scale, job.cfg_rescale, model.prediction
         )
@@ -430,12 +487,18 @@ class Model(Generic[C]):
         storage_errors: Mapping[str, float] | None = None,
         left_out: Mapping[str, str] | None = None,
         prompts: PromptCache[C] | None = None,
+        controls: Callable[[str], ControlNet] | None = None,
     ) -> None:
-        """`prompts` may be shared between models: each finds its own by `family.content`."""
+        """`controls` loads ControlNets for this model.
+
+        `prompts` may be shared between models: each finds its own by `family.content`.
+        """
         self.family = family
         self.storage_errors = dict(storage_errors or {})  # of parts kept in fewer bits, relative to what was read
         self.left_out = dict(left_out or {})  # parts that it does without, and what that means
         self.prompts = PromptCache[C]() if prompts is None else prompts
+        self._controls = controls
+        self._loaded: dict[str, ControlNet] = {}
 
     @property
     def name(self) -> str:
@@ -478,9 +541,22 @@ class Model(Generic[C]):
         """Take an adapter away: the model's numbers are those of before, bit for bit."""
         _adapters(self.family).detach(name)
 
+    def load_control(self, source: str | os.PathLike[str]) -> ControlNet:
+        """The ControlNet that a file, folder or hub id holds, loaded once, where and as this model is.
+
+        Raises a LoadError: WrongShape, which names the families that it fits, where this model's is not among them.
+        """
+        name = os.fspath(source)
+        if name not in self._loaded:
+            if self._controls is None:
+                raise RequestError("controls", name, f"none: ControlNets of {self.name} do not run here yet")
+            self._loaded[name] = self._controls(name)
+        return self._loaded[name]
+
     def stream(self, request: Request) -> Events:
         """Progress and pictures as they come; close the iterator to stop early."""
-        return stream(self.family, request, cache=self.prompts)
+        networks = [self.load_control(control.model) for control in request.controls]
+        return stream(self.family, request, cache=self.prompts, networks=networks)
 
     def generate(self, prompt: str | Request, **fields: object) -> Image.Image | list[Image.Image]:
         """Draw a prompt: one picture, or a list when `count` is more than 1.

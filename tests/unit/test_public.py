@@ -12,6 +12,7 @@ import calotype
 
 PUBLIC = [
     "CalotypeError",
+    "Control",
     "DamagedFile",
     "Description",
     "GenerationError",

@@ -45,8 +45,8 @@ def _ends(names: dict[str, str]) -> Iterator[Rule]:
         yield Same(f"{theirs}.*", f"{ours}.*")
 
 
-def original_table(config: UNetConfig) -> Table:
-    """The latent diffusion repository's names, which number all blocks of the way down, and up, in one row."""
+def original_descent(config: UNetConfig) -> list[Rule]:
+    """The way down and the middle in the latent diffusion repository's names."""
     rules = list(
         _ends(
             {
@@ -56,8 +56,6 @@ def original_table(config: UNetConfig) -> Table:
                 "vector_in.outer": "label_emb.0.2",
                 "text_in": "encoder_hid_proj",
                 "conv_in": "input_blocks.0.0",
-                "norm_out": "out.0",
-                "conv_out": "out.2",
             }
         )
     )
@@ -69,7 +67,13 @@ def original_table(config: UNetConfig) -> Table:
         rules.append(Same(f"input_blocks.{first + config.blocks}.0.op.*", f"{ours}.sample.*"))
     rules += _residual_rules("middle_block.0", "middle.first", ORIGINAL_RESIDUAL)
     rules += _attention_rules("middle_block.1", "middle.transformer", config)
-    rules += _residual_rules("middle_block.2", "middle.second", ORIGINAL_RESIDUAL)
+    return [*rules, *_residual_rules("middle_block.2", "middle.second", ORIGINAL_RESIDUAL)]
+
+
+def original_table(config: UNetConfig) -> Table:
+    """The latent diffusion repository's names, which number all blocks of the way down, and up, in one row."""
+    rules = [*original_descent(config), *_ends({"norm_out": "out.0", "conv_out": "out.2"})]
+    row, levels = config.blocks + 1, len(config.widths)
     for level in range(levels):
         first, ours = level * row, f"up.{level}"
         rules += _residual_rules(f"output_blocks.{{j+{first}}}.0", f"{ours}.blocks.{{j}}", ORIGINAL_RESIDUAL)
@@ -79,9 +83,10 @@ def original_table(config: UNetConfig) -> Table:
     return Table("unet/original", tuple(rules))
 
 
-def diffusers_table(config: UNetConfig) -> Table:
-    rules = list(
-        _ends(
+def diffusers_descent(config: UNetConfig) -> list[Rule]:
+    """The way down and the middle in diffusers' names."""
+    return [
+        *_ends(
             {
                 "time_in.inner": "time_embedding.linear_1",
                 "time_in.outer": "time_embedding.linear_2",
@@ -89,23 +94,35 @@ def diffusers_table(config: UNetConfig) -> Table:
                 "vector_in.outer": "add_embedding.linear_2",
                 "text_in": "encoder_hid_proj",
                 "conv_in": "conv_in",
-                "norm_out": "conv_norm_out",
-                "conv_out": "conv_out",
             }
-        )
-    )
-    for ours, theirs, sample in (("down", "down_blocks", "downsamplers"), ("up", "up_blocks", "upsamplers")):
-        rules += _residual_rules(f"{theirs}.{{i}}.resnets.{{j}}", f"{ours}.{{i}}.blocks.{{j}}", DIFFUSERS_RESIDUAL)
-        rules += _attention_rules(f"{theirs}.{{i}}.attentions.{{j}}", f"{ours}.{{i}}.transformers.{{j}}", config)
-        rules.append(Same(f"{theirs}.{{i}}.{sample}.0.conv.*", f"{ours}.{{i}}.sample.*"))
-    rules += _residual_rules("mid_block.resnets.0", "middle.first", DIFFUSERS_RESIDUAL)
-    rules += _attention_rules("mid_block.attentions.0", "middle.transformer", config)
-    rules += _residual_rules("mid_block.resnets.1", "middle.second", DIFFUSERS_RESIDUAL)
+        ),
+        *_diffusers_levels("down_blocks", "down", "downsamplers", config),
+        *_residual_rules("mid_block.resnets.0", "middle.first", DIFFUSERS_RESIDUAL),
+        *_attention_rules("mid_block.attentions.0", "middle.transformer", config),
+        *_residual_rules("mid_block.resnets.1", "middle.second", DIFFUSERS_RESIDUAL),
+    ]
+
+
+def _diffusers_levels(theirs: str, ours: str, sample: str, config: UNetConfig) -> Iterator[Rule]:
+    yield from _residual_rules(f"{theirs}.{{i}}.resnets.{{j}}", f"{ours}.{{i}}.blocks.{{j}}", DIFFUSERS_RESIDUAL)
+    yield from _attention_rules(f"{theirs}.{{i}}.attentions.{{j}}", f"{ours}.{{i}}.transformers.{{j}}", config)
+    yield Same(f"{theirs}.{{i}}.{sample}.0.conv.*", f"{ours}.{{i}}.sample.*")
+
+
+def diffusers_table(config: UNetConfig) -> Table:
+    rules = [
+        *diffusers_descent(config),
+        *_diffusers_levels("up_blocks", "up", "upsamplers", config),
+        *_ends({"norm_out": "conv_norm_out", "conv_out": "conv_out"}),
+    ]
     return Table("unet/diffusers", tuple(rules))
 
 
-def original_config(evidence: Evidence) -> UNetConfig:
-    """Rows of blocks end where something samples; what follows a residual block is its transformer."""
+def original_config(evidence: Evidence, conv_out: str = "out.2") -> UNetConfig:
+    """Rows of blocks end where something samples; what follows a residual block is its transformer.
+
+    `conv_out` is the last convolution; "" where there is none, and as many channels are meant as come in.
+    """
     widths: list[int] = []
     depths: list[int] = []
     counts: list[int] = []
@@ -132,12 +149,12 @@ def original_config(evidence: Evidence) -> UNetConfig:
         attention=(f"input_blocks.{1 + next((i for i, d in enumerate(depths) if d), 0) * (counts[0] + 1)}.1"),
         middle="middle_block.1",
         conv_in="input_blocks.0.0",
-        conv_out="out.2",
+        conv_out=conv_out,
         vector="label_emb.0.0",
     )
 
 
-def diffusers_config(evidence: Evidence) -> UNetConfig:
+def diffusers_config(evidence: Evidence, conv_out: str = "conv_out") -> UNetConfig:
     evidence.require(
         act_fn="silu",
         norm_num_groups=32,
@@ -168,7 +185,7 @@ def diffusers_config(evidence: Evidence) -> UNetConfig:
         attention=f"down_blocks.{next((i for i, depth in enumerate(depths) if depth), 0)}.attentions.0",
         middle="mid_block.attentions.0",
         conv_in="conv_in",
-        conv_out="conv_out",
+        conv_out=conv_out,
         vector="add_embedding.linear_1",
     )
 
@@ -189,7 +206,7 @@ def _config(
     text_in = "encoder_hid_proj.weight"
     return UNetConfig(
         channels_in=evidence.size(f"{conv_in}.weight", 1),
-        channels_out=evidence.size(f"{conv_out}.weight"),
+        channels_out=evidence.size(f"{conv_out}.weight") if conv_out else evidence.size(f"{conv_in}.weight", 1),
         widths=tuple(widths),
         blocks=blocks,
         depths=tuple(depths),

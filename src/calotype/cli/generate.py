@@ -93,6 +93,16 @@ def generate(
             "--region", "Picture", "MASK=PROMPT[@SCALE]", "A prompt for what is white in MASK; repeat it for others."
         ),
     ] = None,
+    controls: Annotated[
+        list[str] | None,
+        _named(
+            "--control",
+            "Picture",
+            "KIND=MODEL:IMAGE[@SCALE]",
+            "Lead the ControlNet in MODEL by IMAGE, as the annotator KIND draws it (none: as it is); repeat it for "
+            "others.",
+        ),
+    ] = None,
     high_res: Annotated[
         list[str] | None,
         _named(
@@ -193,6 +203,8 @@ def generate(
 
         for lora in request.loras:
             find(lora.file)
+    for control in request.controls:
+        input_picture(control.image)
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
@@ -296,6 +308,19 @@ def _regions(texts: list[str]) -> list[dict[str, Any]]:
     return made
 
 
+def _controls(texts: list[str]) -> list[dict[str, Any]]:
+    """KIND=MODEL:IMAGE[@SCALE], each. The last colon that stands before a name, and not a drive, parts the two."""
+    made: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        found = re.fullmatch(r"([^=]+)=(.+):((?:[A-Za-z]:(?=[\\\\/]))?[^:]+?)(?:@(\d+(?:\.\d+)?))?", text)
+        if found is None:
+            allowed = "KIND=MODEL:IMAGE[@SCALE], as canny=control.safetensors:photo.png@0.8"
+            raise RequestError(f"controls[{number}]", text, allowed)
+        values = {"kind": found[1], "model": found[2], "image": found[3]}
+        made.append(values if found[4] is None else {**values, "scale": float(found[4])})
+    return made
+
+
 def _high_res(texts: list[str]) -> list[dict[str, Any]]:
     """WxH[@STRENGTH[@STEPS[@UPSCALER]]], each."""
     made: list[dict[str, Any]] = []
@@ -342,6 +367,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "extend": _extension,
     "loras": _loras,
     "regions": _regions,
+    "controls": _controls,
     "high_res": _high_res,
 }
 

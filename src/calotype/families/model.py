@@ -10,6 +10,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from calotype.control.hints import Hint
+from calotype.errors import RequestError
 from calotype.lora.attach import Adapters
 from calotype.memory.ladder import Memory
 from calotype.request import Defaults, Job
@@ -62,14 +64,15 @@ class FamilyModel(ABC, Generic[C]):
         """The latents that sampling begins with where there is no input image, float32."""
 
     @abstractmethod
-    def denoiser(self, conditioning: C, levels: Sequence[Level], job: Job) -> Denoise:
+    def denoiser(self, conditioning: C, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()) -> Denoise:
         """The estimate of clean latents, with all that does not depend on the noisy ones computed here, once.
 
         `levels` are all those that will be asked for. What a model takes beside the latents follows them in x.
+        `hints` are what ControlNets are led by; RequestError where the family has none that run.
         """
 
     @abstractmethod
-    def both(self, positive: C, negative: C, levels: Sequence[Level], job: Job) -> Both:
+    def both(self, positive: C, negative: C, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()) -> Both:
         """As `denoiser`, for both sides of classifier-free guidance in one pass through the network."""
 
     def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
@@ -91,6 +94,12 @@ class FamilyModel(ABC, Generic[C]):
     @abstractmethod
     def preview(self, latent: Tensor) -> Tensor:
         """A cheap, small impression of `decode`, b 3 h w."""
+
+
+def refuse_hints(family: str, hints: Sequence[Hint]) -> None:
+    """RequestError where a family is given hints that has no ControlNets here."""
+    if hints:
+        raise RequestError("controls", f"{len(hints)} of them", f"none: ControlNets of {family} do not run here yet")
 
 
 def masked(picture: Tensor, mask: Tensor) -> Tensor:

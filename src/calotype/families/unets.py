@@ -14,9 +14,12 @@ from einops import rearrange
 from torch import Tensor
 
 from calotype.backends.openvino import OpenVinoAutoencoder, OpenVinoUNet, accelerate
+from calotype.control.hints import Hint
+from calotype.errors import RequestError
 from calotype.families.diffusion import DiffusionSettings
 from calotype.families.model import FamilyModel, masked
 from calotype.nn.autoencoder import Autoencoder, preview_projection
+from calotype.nn.controlnet import ControlNet, ControlNetConfig
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
 from calotype.request import Defaults, Job
@@ -90,17 +93,27 @@ class UNetModel(FamilyModel[UNetConditioning]):
     def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
         return noise() if self.diffusion.unit_start else levels.path[0].sigma * noise()
 
-    def denoiser(self, conditioning: UNetConditioning, levels: Sequence[Level], job: Job) -> Denoise:
-        return self._estimates([conditioning.text], conditioning.vector, levels)
+    def denoiser(
+        self, conditioning: UNetConditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
+    ) -> Denoise:
+        return self._estimates([conditioning.text], conditioning.vector, levels, hints)
 
-    def both(self, positive: UNetConditioning, negative: UNetConditioning, levels: Sequence[Level], job: Job) -> Both:
+    def both(
+        self,
+        positive: UNetConditioning,
+        negative: UNetConditioning,
+        levels: Sequence[Level],
+        job: Job,
+        *,
+        hints: Sequence[Hint] = (),
+    ) -> Both:
         texts = [positive.text, negative.text]
         if positive.text.shape == negative.text.shape:
             texts = [torch.cat(texts)]
         vector = None
         if positive.vector is not None and negative.vector is not None:
             vector = torch.cat([positive.vector, negative.vector])
-        denoise = self._estimates(texts, vector, levels)
+        denoise = self._estimates(texts, vector, levels, hints)
 
         def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
             with_, without = denoise(x, level).chunk(2)
@@ -108,18 +121,49 @@ class UNetModel(FamilyModel[UNetConditioning]):
 
         return both
 
-    def _estimates(self, texts: Sequence[Tensor], vector: Tensor | None, levels: Sequence[Level]) -> Denoise:
+    def _estimates(
+        self, texts: Sequence[Tensor], vector: Tensor | None, levels: Sequence[Level], hints: Sequence[Hint]
+    ) -> Denoise:
         """One row of x -> an estimate for each row of text."""
         number = {level: i for i, level in enumerate(levels)}
         times = torch.tensor([level.time for level in levels], device=self.device)
         prepared = self.unet.prepare(texts, vector, times)
         estimate = ESTIMATES[self.diffusion.prediction]
+        additions = self._additions(texts, vector, times, hints)
 
         def denoise(x: Tensor, level: Level) -> Tensor:
-            predicted: Tensor = self.unet(x, *prepared.at(number[level]))
+            step = number[level]
+            predicted: Tensor = self.unet(x, *prepared.at(step), *additions(x, step))
             return estimate(x[:, : predicted.shape[1]], predicted.float(), level)
 
         return denoise
+
+    def _additions(
+        self, texts: Sequence[Tensor], vector: Tensor | None, times: Tensor, hints: Sequence[Hint]
+    ) -> Callable[[Tensor, int], tuple[Sequence[Tensor], ...]]:
+        """What ControlNets add to the UNet, as the rest of its arguments: x, the number of the level -> () or one."""
+        if not hints:
+            return lambda x, step: ()
+        unet = self.unet
+        if not isinstance(unet, UNet):
+            raise RequestError("controls", f"{len(hints)} of them", "none with the backend openvino: load with torch")
+        prepared = [
+            hint.network.prepare_hinted(texts, vector, times, hint.kind, reader_for(hint.network, unet.config, unet))
+            for hint in hints
+        ]
+        embedded = [hint.embedded for hint in hints]
+
+        def additions(x: Tensor, step: int) -> tuple[Sequence[Tensor], ...]:
+            total: list[Tensor] = []
+            for hint, own, seen in zip(hints, prepared, embedded, strict=True):
+                if not hint.leads(step, len(times)):
+                    continue
+                latents = x[:, : hint.network.config.channels_in]
+                made = [hint.scale * each.to(unet.conv_in.dtype) for each in hint.network(latents, *own.at(step), seen)]
+                total = [a + b for a, b in zip(total, made, strict=True)] if total else made
+            return (total,) if total else ()
+
+        return additions
 
     def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
         mask = (mask >= 0.5).float()
@@ -150,6 +194,33 @@ ESTIMATES: dict[str, Callable[[Tensor, Tensor, Level], Tensor]] = {
     "noise": lambda x, noise, level: (x - level.sigma * noise) / level.alpha,
     "v": lambda x, v, level: level.alpha * x - level.sigma * v,
 }
+
+
+def reader_for(network: ControlNet, config: UNetConfig, unet: UNet | None) -> UNet | None:
+    """The UNet, where a ControlNet must borrow its projections of text and vector: SDXL's on Kolors."""
+    own = network.config
+    return unet if config.text_width_in is not None and own.text_width_in is None else None
+
+
+def control_misfit(network: ControlNetConfig, config: UNetConfig) -> str | None:
+    """Why a ControlNet does not go with a UNet; None where it does."""
+    own = network.unet
+    borrows = config.text_width_in is not None and own.text_width_in is None
+    for what, has, wants in (
+        ("levels of widths", own.widths, config.widths),
+        ("residual blocks a level:", own.blocks, config.blocks),
+        ("latent channels:", own.channels_in, config.channels_out),
+        ("text of width", own.text_width, config.text_width),
+        (
+            "text, before its projection, of width",
+            own.text_width_in,
+            own.text_width_in if borrows else config.text_width_in,
+        ),
+        ("pooled text and sizes of width", own.vector_width, own.vector_width if borrows else config.vector_width),
+    ):
+        if has != wants:
+            return f"{what} {has}, where the UNet has {wants}"
+    return None
 
 
 def beside_the_noise(title: str, config: UNetConfig) -> str | None:

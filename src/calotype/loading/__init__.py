@@ -22,6 +22,7 @@ from calotype.errors import LoadError, MissingPart, RequestError
 from calotype.families.family import Assembly
 from calotype.families.unets import UNetModel
 from calotype.generate import Model
+from calotype.loading.controls import load_control
 from calotype.loading.convert import convert
 from calotype.loading.describe import Description, PartDescription, describe
 from calotype.loading.gather import Chosen, Opened, gather
@@ -166,6 +167,7 @@ def load(
         storage_errors=errors,
         left_out={role.name: role.optional for role in family.left_out(chosen)},
         prompts=None if model.content is None else PROMPTS,
+        controls=lambda source: load_control(source, model, wanted),
     )
     if eight_bits:
         loaded.storage_errors["unet"] = rounding_error(loaded)

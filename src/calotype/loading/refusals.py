@@ -147,6 +147,8 @@ def _refuse_what_is_no_part(item: Item, *, with_model: bool) -> None:
         do = "it is not supported yet: leave it out" if with_model else "give the model itself as the source"
         if detected.attachment.kind == "lora" and with_model:
             do = "attach it to the model: --lora FILE on the command line, or Model.attach(FILE)"
+        if detected.attachment.kind == "controlnet" and with_model:
+            do = "give it in a request's controls (--control), or to load_control, instead"
         raise NotAModel(f"{source}: {detected.attachment.title}, which goes with a model and is none; {do}")
     if detected.quantised is not None:
         raise UnsupportedModel(f"{source}: weights quantised by {detected.quantised} are not supported yet")

@@ -63,6 +63,11 @@ class Memory:
     def rung(self) -> Rung:
         return self._rung
 
+    def add(self, network: nn.Module, makers: Mapping[str, Maker], files: Sequence[MappedFile]) -> None:
+        """Take charge of another network, with its own makers and the files that its weights are views of."""
+        self._makers[network] = makers
+        self._files = (*self._files, *files)
+
     @contextmanager
     def holding(self, *modules: nn.Module) -> Generator[None, None, None]:
         """The modules can compute on the device inside the block. Blocks may be nested, also of the same module."""

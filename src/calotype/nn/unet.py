@@ -205,8 +205,8 @@ class Middle(nn.Module):
         self.second = ResidualBlock(width, width, time_width)
 
 
-class UNet(nn.Module):
-    """Noisy latents -> what the model predicts: noise, or v.
+class Descent(nn.Module):
+    """The way down and the middle, which a UNet and the ControlNets trained on it share, and what `prepare` gives them.
 
     Both sides of classifier-free guidance may be asked for at once: with two prompts prepared, one row of latents
     gives two. All that comes before the first place where the prompts differ is then computed once: in SD 1.x up to
@@ -224,9 +224,6 @@ class UNet(nn.Module):
         self.conv_in = Conv2d(config.channels_in, widths[0], 3, padding=1)
         self.down = nn.ModuleList(DownLevel(config, level) for level in levels)
         self.middle = Middle(config)
-        self.up = nn.ModuleList(UpLevel(config, level) for level in reversed(levels))
-        self.norm_out = nn.GroupNorm(GROUPS, widths[0])
-        self.conv_out = Conv2d(widths[0], config.channels_out, 3, padding=1)
 
     def only_for_preparing(self) -> tuple[nn.Module, ...]:
         """What no step needs: time, vectors and text on their way in, and cross-attention's keys and values."""
@@ -235,37 +232,46 @@ class UNet(nn.Module):
         texts = [pair for block in self.modules() if isinstance(block, CrossAttention) for pair in (block.k, block.v)]
         return (*inputs, *times, *texts)
 
-    def prepare(self, texts: Sequence[Tensor], vector: Tensor | None, times: Tensor) -> Prepared:
+    def prepare(
+        self,
+        texts: Sequence[Tensor],
+        vector: Tensor | None,
+        times: Tensor,
+        *,
+        reader: Descent | None = None,
+        told: Tensor | None = None,
+    ) -> Prepared:
         """What the steps of one job share.
 
         texts: (b n text_width) for each group of rows whose prompts are of one length; vector (b vector_width), the
         pooled text and sizes, exactly where the network has that input; times (t) in training steps for every level
-        that will be asked for (or (t b): a time of its own for each picture, as in training).
+        that will be asked for (or (t b): a time of its own for each picture, as in training). `reader` is the network
+        whose projections of text and vector are used, this one unless given; `told` (b time_width) is what the network
+        is told beside them.
         """
+        reader = self if reader is None else reader
         dtype = self.conv_in.dtype
         if times.ndim == 1:
             times = times[:, None]
         time = self.time_in(sinusoid(times, self.config.widths[0]).to(dtype))
-        assert (vector is None) == (self.vector_in is None)
-        if self.vector_in is not None and vector is not None:
-            time = time + self.vector_in(vector.to(dtype))
+        assert (vector is None) == (reader.vector_in is None)
+        if told is not None:
+            time = time + told
+        if reader.vector_in is not None and vector is not None:
+            time = time + reader.vector_in(vector.to(reader.conv_in.dtype)).to(dtype)
         time = F.silu(time)  # t b time_width
+        texts = [text.to(reader.conv_in.dtype) for text in texts]
+        if reader.text_in is not None:
+            texts = [reader.text_in(text) for text in texts]
         texts = [text.to(dtype) for text in texts]
-        if self.text_in is not None:
-            texts = [self.text_in(text) for text in texts]
         blocks = list(self.modules())  # in the order that forward goes through them
         return Prepared(
             shifts=tuple(block.shifts(time) for block in blocks if isinstance(block, ResidualBlock)),
             text=tuple(block.keys_and_values(texts) for block in blocks if isinstance(block, CrossAttention)),
         )
 
-    def forward(self, x: Tensor, shifts: Sequence[Tensor], text: Sequence[KeysAndValues]) -> Tensor:
-        """x (b channels_in h w) with `shifts` and `text` of `Prepared.at` -> (b channels_out h w).
-
-        Where those were prepared for more rows than x has, x has one, and each of them gets its answer.
-        """
-        shift, keys = iter(shifts), iter(text)
-        x = self.conv_in(x.to(self.conv_in.dtype))
+    def descend(self, x: Tensor, shift: Iterator[Tensor], keys: Iterator[KeysAndValues]) -> list[Tensor]:
+        """What comes out of `conv_in` (b c h w) -> it, what every block on the way down makes of it, and the middle."""
         skipped = [x]
         for level in self.down:
             assert isinstance(level, DownLevel)
@@ -279,6 +285,32 @@ class UNet(nn.Module):
                 skipped.append(x)
         x = self.middle.first(x, next(shift))
         x = self.middle.second(self.middle.transformer(x, keys), next(shift))
+        return [*skipped, x]
+
+
+class UNet(Descent):
+    """Noisy latents -> what the model predicts: noise, or v."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        widths = config.widths
+        self.up = nn.ModuleList(UpLevel(config, level) for level in reversed(range(len(widths))))
+        self.norm_out = nn.GroupNorm(GROUPS, widths[0])
+        self.conv_out = Conv2d(widths[0], config.channels_out, 3, padding=1)
+
+    def forward(
+        self, x: Tensor, shifts: Sequence[Tensor], text: Sequence[KeysAndValues], added: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """x (b channels_in h w) with `shifts` and `text` of `Prepared.at` -> (b channels_out h w).
+
+        Where those were prepared for more rows than x has, x has one, and each of them gets its answer. `added` is what
+        ControlNets add: to each of the skip connections, in the order of the way down, and to the middle.
+        """
+        shift, keys = iter(shifts), iter(text)
+        skipped = self.descend(self.conv_in(x.to(self.conv_in.dtype)), shift, keys)
+        if added:
+            skipped = [own + more.to(own.dtype) for own, more in zip(skipped, added, strict=True)]
+        x = skipped.pop()
         for level in self.up:
             assert isinstance(level, UpLevel)
             for block, transformer in level.steps():

@@ -133,3 +133,33 @@ class HighRes(Part):
             raise RequestError("upscaler", self.upscaler, "one of " + ", ".join(UPSCALERS))
         if self.tiled is not None and not isinstance(self.tiled, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RequestError("tiled", self.tiled, "True, False or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control(Part):
+    """A picture that leads a ControlNet.
+
+    kind        the annotator that draws what the network sees ("canny", "depth", ...), or "none" where the picture is
+                ready; for a union ControlNet, which must be told what it sees, "none:canny" and the like
+    model       the ControlNet: a file, a folder or a hub id, as `Model.load_control` takes it
+    image       the picture, or its path; resized to the job's size
+    scale       how much it counts
+    start, end  the part of the steps that it leads, as fractions of them
+    """
+
+    kind: str
+    model: str
+    image: PictureSource
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        text("kind", self.kind)
+        text("model", self.model)
+        picture("image", self.image)
+        real("scale", self.scale, 0, 10)
+        real("start", self.start, 0, 1)
+        real("end", self.end, 0, 1)
+        if self.start >= self.end:
+            raise RequestError("end", self.end, f"more than start, {self.start}: it would never lead")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calotype.errors import RequestError
 from calotype.request.checks import MAX_COUNT, MAX_SEED, MAX_SIDE, MAX_STEPS, flag, picture, real, text, whole
-from calotype.request.parts import HighRes, Lora, Part, Region, parts_of
+from calotype.request.parts import Control, HighRes, Lora, Part, Region, parts_of
 from calotype.request.pictures import (
     Extension,
     extended,
@@ -81,7 +81,7 @@ class Job:
     What a model has no use for stays None: `embedded_guidance`, `shift` (also where the schedule derives it from the
     size, as FLUX.1 dev does), `text_tokens`, `clip_skip`, the sizes that SDXL is told. `input_image` is an RGB picture
     of the job's own size, `input_name` the path that it came from, or its fingerprint; `mask_image` and `region_masks`
-    are grey pictures of that size, white where something is to be drawn.
+    are grey pictures of that size, white where something is to be drawn; `control_images` RGB pictures of that size.
     """
 
     prompt: str
@@ -110,6 +110,8 @@ class Job:
     loras: tuple[Lora, ...] = ()
     regions: tuple[Region, ...] = ()
     region_masks: tuple[Image.Image, ...] = ()
+    controls: tuple[Control, ...] = ()
+    control_images: tuple[Image.Image, ...] = ()
     high_res: tuple[HighRes, ...] = ()
     tiled: bool = False
     tile_size: int | None = None
@@ -140,6 +142,7 @@ class Job:
             tiled=self.tiled if stage.tiled is None else stage.tiled,
             mask_image=None if self.mask_image is None else resized(self.mask_image, size),
             region_masks=tuple(resized(mask, size) for mask in self.region_masks),
+            control_images=tuple(resized(image, size) for image in self.control_images),
             **{name: value for name, value in grown.items() if getattr(self, name) == own[name]},
         )
 
@@ -155,15 +158,17 @@ class Job:
         if self.crop_left is not None and self.crop_top is not None:
             told = {"crop_left": self.crop_left + left, "crop_top": self.crop_top + top}
             told |= {"target_width": width, "target_height": height}
-        masks = tuple(mask.crop((left, top, left + width, top + height)) for mask in self.region_masks)
-        return replace(self, width=width, height=height, region_masks=masks, **told)
+        place = (left, top, left + width, top + height)
+        masks = tuple(mask.crop(place) for mask in self.region_masks)
+        images = tuple(image.crop(place) for image in self.control_images)
+        return replace(self, width=width, height=height, region_masks=masks, control_images=images, **told)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the names of a request, for metadata; a picture is named by its path or fingerprint."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["input_image"] = values.pop("input_name")
         values["mask_image"] = values.pop("mask_name")
-        del values["region_masks"]
+        del values["region_masks"], values["control_images"]
         return plain(values)
 
 
@@ -196,6 +201,7 @@ class Request:
                        and bottom as far as the grain needs, and is not resized
     loras              LoRAs (LoCon, DoRA, LoHa, LoKr) to draw with, each with its scale; together they add up
     regions            prompts for places in the picture
+    controls           pictures that lead ControlNets
     high_res           passes over the finished picture at higher resolutions, one after another
     tiled              the network sees the picture in overlapping tiles: for sizes that it was not trained for
     tile_size, tile_stride
@@ -229,6 +235,7 @@ class Request:
     extend: Extension | None = None
     loras: tuple[Lora, ...] = ()
     regions: tuple[Region, ...] = ()
+    controls: tuple[Control, ...] = ()
     high_res: tuple[HighRes, ...] = ()
     tiled: bool = False
     tile_size: int | None = None
@@ -278,6 +285,7 @@ class Request:
                 picture(field, getattr(self, field))
         object.__setattr__(self, "loras", parts_of(Lora, "loras", self.loras))
         object.__setattr__(self, "regions", parts_of(Region, "regions", self.regions))
+        object.__setattr__(self, "controls", parts_of(Control, "controls", self.controls))
         object.__setattr__(self, "high_res", parts_of(HighRes, "high_res", self.high_res))
         if self.extend is not None:
             object.__setattr__(self, "extend", extension("extend", self.extend))
@@ -330,16 +338,18 @@ class Request:
         *,
         mask: Image.Image | None = None,
         region_masks: Sequence[Image.Image] = (),
+        control_images: Sequence[Image.Image] = (),
     ) -> Job:
         """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
 
-        `picture`, `mask` and `region_masks` are those of the request, opened. Raises RequestError for sizes off the
-        grid, samplers or schedules that the family's process does not have, and values for what the model has no use
-        for.
+        `picture`, `mask`, `region_masks` and `control_images` are those of the request, opened. Raises RequestError for
+        sizes off the grid, samplers or schedules that the family's process does not have, and values for what the
+        model has no use for.
         """
         assert (picture is None) == (self.input_image is None)
         assert (mask is None) == (self.mask_image is None)
         assert len(region_masks) == len(self.regions)
+        assert len(control_images) == len(self.controls)
         usual = Size(defaults.width, defaults.height)
         if picture is not None and self.extend is not None:
             usual = self._extended(picture, defaults)
@@ -405,6 +415,8 @@ class Request:
             loras=self.loras,
             regions=self.regions,
             region_masks=tuple(resized(each, Size(width, height)) for each in region_masks),
+            controls=self.controls,
+            control_images=tuple(resized(each.convert("RGB"), Size(width, height)) for each in control_images),
             high_res=self.high_res,
             tiled=self.tiled,
             tile_size=None if tiles is None else tiles[0],
@@ -452,6 +464,7 @@ _SILENT: dict[str, Any] = {
     "extend": None,
     "loras": (),
     "regions": (),
+    "controls": (),
     "high_res": (),
     "tiled": False,
     "tile_size": None,

@@ -10,11 +10,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from calotype.control.hints import Hint
 from calotype.families.flow import FlowSettings
 from calotype.families.flux.conditioning import FluxConditioning, encode, joined
 from calotype.families.flux.config import FluxConfig
 from calotype.families.flux.network import FluxNetwork, to_latent, to_tokens
-from calotype.families.model import FamilyModel, masked
+from calotype.families.model import FamilyModel, masked, refuse_hints
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
@@ -93,7 +94,10 @@ class FluxModel(FamilyModel[FluxConditioning]):
     def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
         return levels.path[0].sigma * noise()
 
-    def denoiser(self, conditioning: FluxConditioning, levels: Sequence[Level], job: Job) -> Denoise:
+    def denoiser(
+        self, conditioning: FluxConditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
+    ) -> Denoise:
+        refuse_hints("FLUX", hints)
         network = self.transformer
         number = {level.time: i for i, level in enumerate(levels)}
         grain, patch = self.defaults.grain, network.config.patch
@@ -115,7 +119,16 @@ class FluxModel(FamilyModel[FluxConditioning]):
 
         return denoise
 
-    def both(self, positive: FluxConditioning, negative: FluxConditioning, levels: Sequence[Level], job: Job) -> Both:
+    def both(
+        self,
+        positive: FluxConditioning,
+        negative: FluxConditioning,
+        levels: Sequence[Level],
+        job: Job,
+        *,
+        hints: Sequence[Hint] = (),
+    ) -> Both:
+        refuse_hints("FLUX", hints)
         denoise = self.denoiser(joined(positive, negative), levels, job)
 
         def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from calotype.control.hints import Hint
 from calotype.families.diffusion import DiffusionSettings
 from calotype.families.hunyuan_dit.conditioning import HunyuanConditioning, condition, joined
 from calotype.families.hunyuan_dit.config import DIFFUSION, ORIGINAL_SIZE
 from calotype.families.hunyuan_dit.network import HunyuanNetwork
-from calotype.families.model import FamilyModel
+from calotype.families.model import FamilyModel, refuse_hints
 from calotype.families.unets import ESTIMATES
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
@@ -95,7 +96,10 @@ class HunyuanModel(FamilyModel[HunyuanConditioning]):
     def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
         return noise() if self.diffusion.unit_start else levels.path[0].sigma * noise()
 
-    def denoiser(self, conditioning: HunyuanConditioning, levels: Sequence[Level], job: Job) -> Denoise:
+    def denoiser(
+        self, conditioning: HunyuanConditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
+    ) -> Denoise:
+        refuse_hints("Hunyuan-DiT", hints)
         network = self.transformer
         number = {level: i for i, level in enumerate(levels)}
         told = None
@@ -119,8 +123,15 @@ class HunyuanModel(FamilyModel[HunyuanConditioning]):
         return denoise
 
     def both(
-        self, positive: HunyuanConditioning, negative: HunyuanConditioning, levels: Sequence[Level], job: Job
+        self,
+        positive: HunyuanConditioning,
+        negative: HunyuanConditioning,
+        levels: Sequence[Level],
+        job: Job,
+        *,
+        hints: Sequence[Hint] = (),
     ) -> Both:
+        refuse_hints("Hunyuan-DiT", hints)
         denoise = self.denoiser(joined(positive, negative), levels, job)
 
         def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
 from calotype.checkpoint.chatglm import CHATGLM
+from calotype.checkpoint.controlnets import CONTROLNET, HINT_WIDTHS
 from calotype.families.diffusion import diffusion_of, scheduler_config, suffix
 from calotype.families.family import Assembly, Clues, Family, Role, whole, with_card
 from calotype.families.kolors import DEFAULTS, KolorsModel
@@ -17,6 +18,7 @@ from calotype.families.kolors.config import UNET as UNET_CONFIG
 from calotype.families.kolors.keys import UNET
 from calotype.families.unets import beside_the_noise
 from calotype.nn.autoencoder import Autoencoder
+from calotype.nn.controlnet import ControlNetConfig
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
 from calotype.text.chatglm import CHATGLM3_6B, ChatGlmEncoder
@@ -71,7 +73,9 @@ def assemble(given: Assembly) -> KolorsModel:
 
 # What the files hold beside the states that Kolors takes.
 LANGUAGE_MODEL = ("encoder.final_layernorm.weight", "output_layer.weight", "rotary_pos_emb.inv_freq")
+CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None)
 MANIFESTS = (
+    whole("kolors-controlnet", CONTROLNET, "diffusers", CONTROL),
     whole("kolors-unet", UNET, "diffusers", UNET_CONFIG),
     whole("kolors-unet-inpainting", UNET, "diffusers", INPAINTING),
     whole(

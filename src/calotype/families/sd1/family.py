@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from calotype.checkpoint.autoencoders import AUTOENCODER, OLD_ATTENTION, TINY_AUTOENCODER
+from calotype.checkpoint.controlnets import CONTROLNET, HINT_WIDTHS
 from calotype.checkpoint.keys import Extra
 from calotype.checkpoint.text_encoders import CLIP
 from calotype.families.diffusion import (
@@ -26,6 +27,7 @@ from calotype.families.sd1.config import UNET as UNET_CONFIG
 from calotype.families.sd1.keys import UNET
 from calotype.families.unets import beside_the_noise
 from calotype.nn.autoencoder import Autoencoder
+from calotype.nn.controlnet import ControlNetConfig
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
 from calotype.text.clip import VIT_L, ClipEncoder
@@ -90,6 +92,7 @@ POSITION_IDS = "text_model.embeddings.position_ids"
 ORIGINAL_UNET = ManifestPart(part=UNET, layout="original", config=UNET_CONFIG, prefix=UNET_PREFIX)
 ORIGINAL_VAE = ManifestPart(part=AUTOENCODER, layout="original", config=VAE, prefix=VAE_PREFIX)
 ORIGINAL_CLIP = ManifestPart(part=CLIP, layout="transformers", config=VIT_L, prefix=CLIP_PREFIX, extras=(POSITION_IDS,))
+CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None)
 ORIGINAL = (ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP)
 BARE_CLIP = replace(ORIGINAL_CLIP, extras=())
 AVERAGES = replace(ORIGINAL_UNET, prefix="model_ema.diffusion_model", undotted=True)
@@ -126,6 +129,8 @@ MANIFESTS = (
     whole("sd1-vae-diffusers", AUTOENCODER, "diffusers", VAE),
     # The published folder is of 2022.
     whole("sd1-vae-diffusers-old", AUTOENCODER, "diffusers", VAE, spelt=OLD_ATTENTION),
+    whole("sd1-controlnet", CONTROLNET, "original", CONTROL, prefix="control_model."),
+    whole("sd1-controlnet-diffusers", CONTROLNET, "diffusers", CONTROL),
     whole("taesd-encoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="encoder."),
     whole("taesd-decoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="decoder."),
     whole("taesd-diffusers", TINY_AUTOENCODER, "diffusers-tiny", TINY_VAE),

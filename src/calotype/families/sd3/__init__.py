@@ -11,9 +11,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from calotype.control.hints import Hint
 from calotype.errors import RequestError
 from calotype.families.flow import FlowSettings
-from calotype.families.model import FamilyModel
+from calotype.families.model import FamilyModel, refuse_hints
 from calotype.families.sd3.conditioning import ClipReader, Sd3Conditioning, T5Reader, condition, joined
 from calotype.families.sd3.network import Sd3Network
 from calotype.nn.autoencoder import Autoencoder, preview_projection
@@ -104,7 +105,10 @@ class Sd3Model(FamilyModel[Sd3Conditioning]):
     def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
         return levels.path[0].sigma * noise()
 
-    def denoiser(self, conditioning: Sd3Conditioning, levels: Sequence[Level], job: Job) -> Denoise:
+    def denoiser(
+        self, conditioning: Sd3Conditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
+    ) -> Denoise:
+        refuse_hints("Stable Diffusion 3", hints)
         network = self.transformer
         number = {level: i for i, level in enumerate(levels)}
         prepared = network.prepare(
@@ -122,7 +126,16 @@ class Sd3Model(FamilyModel[Sd3Conditioning]):
 
         return denoise
 
-    def both(self, positive: Sd3Conditioning, negative: Sd3Conditioning, levels: Sequence[Level], job: Job) -> Both:
+    def both(
+        self,
+        positive: Sd3Conditioning,
+        negative: Sd3Conditioning,
+        levels: Sequence[Level],
+        job: Job,
+        *,
+        hints: Sequence[Hint] = (),
+    ) -> Both:
+        refuse_hints("Stable Diffusion 3", hints)
         if positive.text.shape != negative.text.shape:  # one of them is longer than CLIP reads at once
             with_, without = (self.denoiser(side, levels, job) for side in (positive, negative))
             return lambda x, level: (with_(x, level), without(x, level))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
+from calotype.checkpoint.controlnets import CONTROLNET, HINT_WIDTHS, PROMAX
 from calotype.checkpoint.keys import Extra
 from calotype.checkpoint.text_encoders import CLIP
 from calotype.families.diffusion import MARKERS, REFUSED_MARKERS, TRAINING, diffusion_of, scheduler_config, suffix
@@ -17,6 +18,7 @@ from calotype.families.sdxl.config import UNET as UNET_CONFIG
 from calotype.families.sdxl.keys import UNET
 from calotype.families.unets import beside_the_noise
 from calotype.nn.autoencoder import Autoencoder
+from calotype.nn.controlnet import ControlNetConfig
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
 from calotype.text.clip import BIG_G, VIT_L, ClipConfig, ClipEncoder
@@ -112,6 +114,8 @@ ORIGINAL_CLIP_G = ManifestPart(
 BARE_CLIP_L = replace(ORIGINAL_CLIP_L, extras=())
 ORIGINAL = (ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP_L, ORIGINAL_CLIP_G)
 SECOND_POSITION_IDS = "transformer.text_model.embeddings.position_ids"
+CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None)
+UNION = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=PROMAX)
 MANIFESTS = (
     Manifest(name="sdxl-base", parts=ORIGINAL),
     Manifest(
@@ -129,6 +133,9 @@ MANIFESTS = (
     Manifest(name="sdxl-original-unet", parts=(ORIGINAL_UNET,)),
     Manifest(name="sdxl-original-vae", parts=(ORIGINAL_VAE,)),
     Manifest(name="sdxl-inpainting", parts=(replace(ORIGINAL_UNET, config=INPAINTING), *ORIGINAL[1:])),
+    whole("sdxl-controlnet-diffusers", CONTROLNET, "diffusers", CONTROL),
+    whole("sdxl-controlnet-union", CONTROLNET, "diffusers", replace(UNION, union=replace(PROMAX, kinds=6))),
+    whole("sdxl-controlnet-union-promax", CONTROLNET, "diffusers", UNION),
     whole("sdxl-unet-diffusers", UNET, "diffusers", UNET_CONFIG),
     whole("sdxl-unet-diffusers-inpainting", UNET, "diffusers", INPAINTING),
     whole("sdxl-text-encoder", CLIP, "transformers", VIT_L),

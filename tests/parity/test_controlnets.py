@@ -1,0 +1,199 @@
+"""ControlNets of tiny random UNets, saved by diffusers: the same residuals and pictures here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    ControlNetUnionModel,
+    MultiControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
+)
+from PIL import Image
+from safetensors.torch import save_file
+from test_unets import NEGATIVE, PROMPT, SIZE, assert_near, assert_same
+from tiny_flux import randomised
+from tiny_unets import sd1, sdxl, unet
+
+import calotype
+from calotype.checkpoint.controlnets import CONTROLNET
+from calotype.errors import RequestError, WrongShape
+from calotype.image import to_tensor
+from calotype.nn.controlnet import ControlNet
+from calotype.request import Control
+
+HINTS = (8, 12, 16, 24)
+
+
+def made(model: Any, seed: int, folder: Path) -> Any:  # noqa: ANN401
+    randomised(model, seed, spread=0.12)
+    model.save_pretrained(folder)
+    return model
+
+
+def controlnet(folder: Path, *, sdxl: bool, seed: int = 7, **more: Any) -> Any:  # noqa: ANN401
+    net = unet(sdxl=sdxl, **more)
+    return made(ControlNetModel.from_unet(net, conditioning_embedding_out_channels=HINTS), seed, folder)
+
+
+def union(folder: Path, kinds: int = 8) -> Any:  # noqa: ANN401
+    chosen: dict[str, Any] = {
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "attention_head_dim": (2, 4, 4),
+        "transformer_layers_per_block": (1, 1, 2),
+        "cross_attention_dim": 32 + 48,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 40,
+        "conditioning_embedding_out_channels": HINTS,
+        "num_control_type": kinds,
+        "num_trans_channel": 32,
+        "num_proj_channel": 32,
+        "num_trans_head": 8,
+    }
+    return made(ControlNetUnionModel(**chosen), 9, folder)
+
+
+def picture(seed: int) -> Image.Image:
+    rng = torch.Generator().manual_seed(seed)
+    noise = (torch.rand(8, 12, 3, generator=rng) * 255).byte().numpy()
+    return Image.fromarray(noise).resize((SIZE["width"], SIZE["height"]), Image.Resampling.NEAREST)
+
+
+def theirs(pipeline: Any, images: Any, **settings: Any) -> Image.Image:  # noqa: ANN401
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    fields = {"num_inference_steps": 6, "guidance_scale": 4.0, "negative_prompt": NEGATIVE, **SIZE, **settings}
+    return pipeline(PROMPT, generator=generator, **fields, **images).images[0]
+
+
+def ours(folder: Path, controls: list[Control], memory: str = "auto", **fields: Any) -> Image.Image:  # noqa: ANN401
+    asked = {"steps": 6, "cfg_scale": 4.0, "negative_prompt": NEGATIVE, **SIZE, **fields}
+    model = calotype.load(folder, device="cpu", memory=memory)
+    drawn = model.generate(PROMPT, seed=5, controls=controls, **asked)
+    assert isinstance(drawn, Image.Image)
+    return drawn
+
+
+def control(folder: Path, seed: int, kind: str = "none", **more: Any) -> Control:  # noqa: ANN401
+    return Control(kind=kind, model=str(folder), image=picture(seed), **more)
+
+
+def test_sd1_with_one_and_two(tmp_path: Path) -> None:
+    parts = sd1(tmp_path / "sd1").components
+    a, b = controlnet(tmp_path / "a", sdxl=False), controlnet(tmp_path / "b", sdxl=False, seed=8)
+    one = StableDiffusionControlNetPipeline(**parts, controlnet=a, requires_safety_checker=False)
+    reference = theirs(one, {"image": picture(1)}, controlnet_conditioning_scale=0.7)
+    first = control(tmp_path / "a", 1, scale=0.7)
+    for memory in ("resident", "components", "stream"):
+        assert_same(ours(tmp_path / "sd1", [first], memory), reference)
+    plain = ours(tmp_path / "sd1", [])
+    with pytest.raises(AssertionError):
+        assert_same(plain, reference)  # it does count
+    both = StableDiffusionControlNetPipeline(
+        **parts, controlnet=MultiControlNetModel([a, b]), requires_safety_checker=False
+    )
+    reference = theirs(
+        both,
+        {"image": [picture(1), picture(2)]},
+        controlnet_conditioning_scale=[0.7, 0.4],
+        control_guidance_start=[0.0, 0.3],
+        control_guidance_end=[0.5, 1.0],
+    )
+    first, second = control(tmp_path / "a", 1, scale=0.7, end=0.5), control(tmp_path / "b", 2, scale=0.4, start=0.3)
+    assert_same(ours(tmp_path / "sd1", [first, second]), reference)
+    reference = theirs(one, {"image": picture(1)}, guidance_scale=1.0)
+    assert_same(ours(tmp_path / "sd1", [control(tmp_path / "a", 1)], cfg_scale=1.0), reference)
+
+
+def test_sdxl(tmp_path: Path) -> None:
+    parts = sdxl(tmp_path / "sdxl").components
+    pipeline = StableDiffusionXLControlNetPipeline(
+        **parts, controlnet=controlnet(tmp_path / "a", sdxl=True), add_watermarker=False
+    )
+    reference = theirs(pipeline, {"image": picture(1)}, controlnet_conditioning_scale=0.6)
+    assert_same(ours(tmp_path / "sdxl", [control(tmp_path / "a", 1, scale=0.6)]), reference)
+
+
+@pytest.mark.parametrize(("kind", "number"), [("none:depth", 1), ("none:canny", 3), ("none:tile", 6)])
+def test_union(kind: str, number: int, tmp_path: Path) -> None:
+    parts = sdxl(tmp_path / "sdxl").components
+    pipeline = StableDiffusionXLControlNetUnionPipeline(
+        **parts, controlnet=union(tmp_path / "u"), add_watermarker=False
+    )
+    reference = theirs(
+        pipeline, {"control_image": [picture(1)], "control_mode": [number]}, controlnet_conditioning_scale=0.6
+    )
+    assert_same(ours(tmp_path / "sdxl", [control(tmp_path / "u", 1, kind, scale=0.6)]), reference)
+    with pytest.raises(RequestError, match="a union ControlNet must be told"):
+        ours(tmp_path / "sdxl", [control(tmp_path / "u", 1)])
+
+
+def test_kolors_own_residuals_with_their_projection_of_text(tmp_path: Path) -> None:
+    net = controlnet(
+        tmp_path,
+        sdxl=True,
+        encoder_hid_dim=32,
+        encoder_hid_dim_type="text_proj",
+        cross_attention_dim=40,
+        projection_class_embeddings_input_dim=6 * 8 + 32,
+    )
+    mine = opened(tmp_path)
+    rng = torch.Generator().manual_seed(1)
+    x, text, pooled = (torch.randn(shape, generator=rng) for shape in ((1, 4, 8, 12), (1, 7, 32), (1, 32)))
+    sizes = torch.tensor([[64.0, 96.0, 0.0, 0.0, 64.0, 96.0]])
+    hint = to_tensor(picture(1))[None]
+    with torch.inference_mode():
+        down, middle = net(
+            x,
+            torch.tensor([401.0]),
+            encoder_hidden_states=net.encoder_hid_proj(text),  # which Kolors' pipeline does
+            controlnet_cond=hint,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+            return_dict=False,
+        )
+        from calotype.nn.embeddings import sinusoid
+
+        vector = torch.cat([pooled, sinusoid(sizes, 8).flatten(1)], dim=1)
+        prepared = mine.prepare_hinted([text], vector, torch.tensor([401.0]), None, None)
+        for got, wanted in zip(mine(x, *prepared.at(0), mine.embed(hint, None)), [*down, middle], strict=True):
+            assert_near(got, wanted)
+
+
+def opened(folder: Path) -> ControlNet:
+    from calotype.loading.controls import _found
+
+    found = _found(str(folder))
+    network, binding = found.bind(found.config())
+    network.load_state_dict(binding.load(found.weights, torch.float32, mapped=False), assign=True)
+    assert isinstance(network, ControlNet)
+    return network
+
+
+def test_a_controlnet_of_another_family_is_told_apart(tmp_path: Path) -> None:
+    sd1(tmp_path / "sd1")
+    controlnet(tmp_path / "a", sdxl=True)
+    with pytest.raises(WrongShape, match="a ControlNet for"):
+        calotype.load(tmp_path / "sd1").load_control(tmp_path / "a")
+
+
+def test_the_authors_names_give_the_same_network(tmp_path: Path) -> None:
+    controlnet(tmp_path / "a", sdxl=False, attention_head_dim=8, block_out_channels=(64, 64, 64))
+    mine = opened(tmp_path / "a")
+    layout = CONTROLNET.layout("original")
+    assert layout is not None
+    _, binding = CONTROLNET.bind(layout, mine.settings)
+    save_file({f"control_model.{k}": v for k, v in binding.save(mine.state_dict())}, tmp_path / "b.safetensors")
+    theirs = opened(tmp_path / "b.safetensors")
+    assert theirs.settings == mine.settings
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, mine.state_dict()[name])
