@@ -18,6 +18,8 @@ from calotype.loading.planning import plan
 from calotype.memory import ladder
 from calotype.memory.ladder import RUNGS
 from calotype.memory.layers import layers_of
+from calotype.nn import quantized
+from calotype.nn.stored import Stored
 
 
 def kolors(folder: Path) -> object:
@@ -56,6 +58,22 @@ def test_every_rung_draws_the_same_picture(family: str, tmp_path: Path, monkeypa
         # A layer that is read without being called would be missing on the lower rungs of a GPU.
         unmet = [type(layer.module).__name__ for layer in passing if layer.module not in met]
         assert not unmet, unmet
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8_e4m3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_in_fewer_bits_stream_as_well(
+    family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FAMILIES[family](tmp_path)
+    monkeypatch.setattr(ladder, "SMALL", 0)
+    monkeypatch.setattr(quantized, "LEAST", 2**10)
+    pictures: list[np.ndarray] = []
+    for rung in ("resident", "stream"):
+        model = calotype.load(tmp_path, memory=rung, dtype="float32", storage=kind)
+        assert sum(isinstance(layer, Stored) for layer in model.family.backbone.modules()) > 5
+        pictures.append(np.asarray(model.generate("a red fox", width=64, height=64, steps=1, seed=0)))
+    assert np.array_equal(*pictures)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
