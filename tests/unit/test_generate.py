@@ -89,8 +89,8 @@ def test_closing_early_frees_everything(family: FluxModel) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     denoiser = family.denoiser
 
-    def watched(*arguments: object) -> object:
-        denoise = denoiser(*arguments)  # type: ignore[arg-type]
+    def watched(*arguments: object, **named: object) -> object:
+        denoise = denoiser(*arguments, **named)  # type: ignore[arg-type]
 
         def watching(x: torch.Tensor, level: object) -> torch.Tensor:
             clean = denoise(x, level)  # type: ignore[arg-type]

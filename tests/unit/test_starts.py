@@ -54,8 +54,8 @@ def test_all_steps_are_taken_from_the_level_of_the_strength(family: FluxModel, m
     seen: list[tuple[Level, torch.Tensor]] = []
     plain = FluxModel.denoiser
 
-    def watched(self: FluxModel, conditioning: FluxConditioning, levels: Any, job: Job) -> Denoise:  # noqa: ANN401
-        inner = plain(self, conditioning, levels, job)
+    def watched(self: FluxModel, conditioning: FluxConditioning, levels: Any, job: Job, **more: Any) -> Denoise:  # noqa: ANN401
+        inner = plain(self, conditioning, levels, job, **more)
 
         def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
             seen.append((level, x))
