@@ -119,9 +119,29 @@ OURS: dict[str, tuple[str | None, str | None, str, str, str]] = {
     "kolors-vae": (None, None, "diffusers", "vae", VAES),
 }
 
+# manifest of a ControlNet: family, as far as its names tell it
+CONTROLS: dict[str, str | None] = {
+    "sd1-controlnet": "sd1",
+    "sd1-controlnet-diffusers": "sd1",
+    "sdxl-controlnet-diffusers": "sdxl",
+    "sdxl-controlnet-union": "sdxl",
+    "sdxl-controlnet-union-promax": "sdxl",
+    "kolors-controlnet": "sdxl",  # its names are SDXL's
+}
+
 
 def test_every_manifest_of_these_families_is_here() -> None:
-    assert set(OURS) == {item.name for family in (SD1, SDXL, KOLORS) for item in family.manifests}
+    names = {item.name for family in (SD1, SDXL, KOLORS) for item in family.manifests}
+    assert set(OURS) | set(CONTROLS) == names
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_controlnet_is_told_from_a_model(tmp_path: Path, name: str) -> None:
+    path = header_only(tmp_path / "x.safetensors", known(name))
+    seen = describe(path)
+    assert (seen.kind, seen.family, seen.supported) == ("controlnet", CONTROLS[name], False)
+    with pytest.raises(NotAModel, match=r"ControlNet.*give the model itself"):
+        load(path)
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -426,7 +426,7 @@ def test_emphasis_is_for_the_clips_and_t5_reads_the_prompt_as_it_stands() -> Non
 
 def drawn(given: Sd3Model, prompt: str = PROMPT, *, batched: bool = True, **fields: object) -> Image.Image:
     if not batched:
-        given.both = lambda positive, negative, levels, job: (
+        given.both = lambda positive, negative, levels, job, **_: (
             lambda x, level: (  # type: ignore[method-assign]
                 given.denoiser(positive, levels, job)(x, level),
                 given.denoiser(negative, levels, job)(x, level),
