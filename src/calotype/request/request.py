@@ -81,7 +81,8 @@ class Job:
     What a model has no use for stays None: `embedded_guidance`, `shift` (also where the schedule derives it from the
     size, as FLUX.1 dev does), `text_tokens`, `clip_skip`, the sizes that SDXL is told. `input_image` is an RGB picture
     of the job's own size, `input_name` the path that it came from, or its fingerprint; `mask_image` and `region_masks`
-    are grey pictures of that size, white where something is to be drawn; `control_images` RGB pictures of that size.
+    are grey pictures of that size, white where something is to be drawn. `control_images` are RGB pictures of any size, one
+    for each of `controls`, None for the picture that the job begins with; `pass_images` are those of the passes.
     """
 
     prompt: str
@@ -111,7 +112,8 @@ class Job:
     regions: tuple[Region, ...] = ()
     region_masks: tuple[Image.Image, ...] = ()
     controls: tuple[Control, ...] = ()
-    control_images: tuple[Image.Image, ...] = ()
+    control_images: tuple[Image.Image | None, ...] = ()
+    pass_images: tuple[tuple[Image.Image | None, ...], ...] = ()
     high_res: tuple[HighRes, ...] = ()
     tiled: bool = False
     tile_size: int | None = None
@@ -127,8 +129,9 @@ class Job:
     def size(self) -> Size:
         return Size(self.width, self.height)
 
-    def at(self, stage: HighRes) -> Job:
+    def at(self, number: int) -> Job:
         """The job of a pass at a higher resolution; a size that the network is told grows if it was the picture's."""
+        stage = self.high_res[number]
         size = Size(stage.width, stage.height)
         grown = {"original_width": size.width, "original_height": size.height}
         grown |= {"target_width": size.width, "target_height": size.height}
@@ -140,9 +143,12 @@ class Job:
             steps=stage.steps or self.steps,
             denoising_strength=float(stage.strength),
             tiled=self.tiled if stage.tiled is None else stage.tiled,
+            tile_size=self.tile_size if stage.tile_size is None else stage.tile_size,
+            tile_stride=self.tile_stride if stage.tile_stride is None else stage.tile_stride,
+            controls=self.controls if stage.controls is None else stage.controls,
+            control_images=self.control_images if stage.controls is None else self.pass_images[number],
             mask_image=None if self.mask_image is None else resized(self.mask_image, size),
             region_masks=tuple(resized(mask, size) for mask in self.region_masks),
-            control_images=tuple(resized(image, size) for image in self.control_images),
             **{name: value for name, value in grown.items() if getattr(self, name) == own[name]},
         )
 
@@ -160,15 +166,14 @@ class Job:
             told |= {"target_width": width, "target_height": height}
         place = (left, top, left + width, top + height)
         masks = tuple(mask.crop(place) for mask in self.region_masks)
-        images = tuple(image.crop(place) for image in self.control_images)
-        return replace(self, width=width, height=height, region_masks=masks, control_images=images, **told)
+        return replace(self, width=width, height=height, region_masks=masks, **told)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the names of a request, for metadata; a picture is named by its path or fingerprint."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["input_image"] = values.pop("input_name")
         values["mask_image"] = values.pop("mask_name")
-        del values["region_masks"], values["control_images"]
+        del values["region_masks"], values["control_images"], values["pass_images"]
         return plain(values)
 
 
@@ -338,11 +343,12 @@ class Request:
         *,
         mask: Image.Image | None = None,
         region_masks: Sequence[Image.Image] = (),
-        control_images: Sequence[Image.Image] = (),
+        control_images: Sequence[Image.Image | None] = (),
+        pass_images: Sequence[Sequence[Image.Image | None]] | None = None,
     ) -> Job:
         """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
 
-        `picture`, `mask`, `region_masks` and `control_images` are those of the request, opened. Raises RequestError for
+        `picture`, `mask`, `region_masks`, `control_images` and those of the passes are the request's, opened. Raises RequestError for
         sizes off the grid, samplers or schedules that the family's process does not have, and values for what the
         model has no use for.
         """
@@ -350,6 +356,8 @@ class Request:
         assert (mask is None) == (self.mask_image is None)
         assert len(region_masks) == len(self.regions)
         assert len(control_images) == len(self.controls)
+        pass_images = [()] * len(self.high_res) if pass_images is None else pass_images
+        assert [len(images) for images in pass_images] == [len(each.controls or ()) for each in self.high_res]
         usual = Size(defaults.width, defaults.height)
         if picture is not None and self.extend is not None:
             usual = self._extended(picture, defaults)
@@ -416,7 +424,8 @@ class Request:
             regions=self.regions,
             region_masks=tuple(resized(each, Size(width, height)) for each in region_masks),
             controls=self.controls,
-            control_images=tuple(resized(each.convert("RGB"), Size(width, height)) for each in control_images),
+            control_images=tuple(control_images),
+            pass_images=tuple(tuple(images) for images in pass_images),
             high_res=self.high_res,
             tiled=self.tiled,
             tile_size=None if tiles is None else tiles[0],
