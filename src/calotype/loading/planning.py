@@ -30,7 +30,7 @@ from calotype.sampling.samplers import SAMPLERS, evaluated
 
 T = TypeVar("T")
 
-STRIP = 2**25  # higher strips than are computed, and some hundred megabytes more: each of their operations takes time
+LARGEST_STRIP = 2**25  # higher strips than are computed, which take time to plan: some hundred megabytes too many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def _phases(model: FamilyModel[Any], job: Job) -> tuple[Phase, ...]:
             return torch.cat(both(torch.empty(1, *model.noise_shape(job), device=device), levels[0]))
 
         _, denoising = counted(step)
-        with _high_strips():
+        with _high_strips(job.width * job.height):
             _, decoding = counted(lambda: model.decode(torch.empty(1, *model.noise_shape(job), device=device)))
 
         def phase(name: str, networks: Sequence[nn.Module], activations: int) -> Phase:
@@ -135,9 +135,10 @@ def _phases(model: FamilyModel[Any], job: Job) -> tuple[Phase, ...]:
 
 
 @contextmanager
-def _high_strips() -> Generator[None, None, None]:
+def _high_strips(pixels: int) -> Generator[None, None, None]:
+    """Strips that grow with the picture, so that planning a large one takes no longer."""
     usual = strips.STRIP
-    strips.STRIP = STRIP
+    strips.STRIP = min(max(usual, 2 * pixels), LARGEST_STRIP)
     try:
         yield
     finally:
