@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -150,19 +150,24 @@ Counted = Callable[[Callable[[], T]], tuple[T, int]]
 
 @contextmanager
 def _without_values(model: FamilyModel[Any]) -> Generator[Counted[Any], None, None]:
-    """Inside the block the model's weights have no values; it gives what calls a function and counts its peak."""
+    """Inside the block the model's weights have no values; it gives what calls a function and counts its peak.
+
+    Then they have theirs again: an encoder may be another model's too.
+    """
     networks = (*model.encoders, model.backbone, model.vae)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    with ExitStack() as restored, torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         weights: list[Tensor] = []
         for network in networks:
             for module in network.modules():
                 for name, tensor in [*module.named_parameters(recurse=False)]:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=model.device)
                     setattr(module, name, nn.Parameter(empty, requires_grad=False))
+                    restored.callback(setattr, module, name, tensor)
                     weights.append(empty)
                 for name, tensor in [*module.named_buffers(recurse=False)]:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=model.device)
                     setattr(module, name, empty)
+                    restored.callback(setattr, module, name, tensor)
                     weights.append(empty)
         known = {_key(tensor): 0 for tensor in weights}
 
