@@ -90,12 +90,14 @@ def test_planning_leaves_no_mode_behind() -> None:
     assert type(torch.zeros(1) + 1) is torch.Tensor
 
 
-def test_models_that_share_an_encoder_with_a_planned_one_keep_their_weights() -> None:
-    model = load(memory="stream")  # plans load their model so too, and find this one's encoders
-    before = model.generate("a red apple", steps=1, seed=1)
-    plan()
-    model.prompts.clear()
-    assert model.generate("a red apple", steps=1, seed=1) == before
+def test_models_that_share_an_encoder_with_a_planned_one_keep_their_weights(tmp_path: Path) -> None:
+    files = tiny.originals(tmp_path).values()
+    model = load(*files)
+    before = model.generate("a red apple", steps=1, seed=1, width=32, height=32)
+    plan(*files, width=64, height=64)
+    again = load(*files, memory="stream")
+    again.prompts.clear()
+    assert again.generate("a red apple", steps=1, seed=1, width=32, height=32) == before
 
 
 def test_the_command_prints_it() -> None:
