@@ -89,7 +89,7 @@ def main() -> None:
                     denoising_strength=stage["strength"],
                     steps=stage["steps"],
                     cfg_scale=fields["cfg_scale"],
-                    controls=controls,
+                    controls=tuple(controls),
                     tiled=stage["tiled"],
                     **(tiles if stage["tiled"] else {}),
                 ),
