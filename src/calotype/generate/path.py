@@ -49,8 +49,8 @@ def stream(
 
     Picture k depends on seed + k alone, not on how many are asked for: its noise comes from a generator of its own,
     on the CPU in float32, and it is computed by itself. `cache` remembers what prompts became. `batched_guidance` runs
-    both sides of classifier-free guidance in one pass instead of two. `networks` are those of the request's controls, by
-    the model that these name.
+    both sides of classifier-free guidance in one pass instead of two. `networks` are those of the request's controls,
+    by the `model` that these name.
 
     Raises RequestError before any work, NonFiniteImage instead of a black picture, OutOfMemory on the last rung.
     """
@@ -210,5 +210,3 @@ def _picture(model: FamilyModel[C], image: Image.Image, job: Job, k: int) -> Pic
         image = Image.composite(image, job.input_image, job.mask_image)
     embed_metadata(image, own, model=f"{model.family}/{model.variant}", source=model.source)
     return Picture(image=image, job=own, seed=own.seed)
-
-

@@ -81,8 +81,9 @@ class Job:
     What a model has no use for stays None: `embedded_guidance`, `shift` (also where the schedule derives it from the
     size, as FLUX.1 dev does), `text_tokens`, `clip_skip`, the sizes that SDXL is told. `input_image` is an RGB picture
     of the job's own size, `input_name` the path that it came from, or its fingerprint; `mask_image` and `region_masks`
-    are grey pictures of that size, white where something is to be drawn. `control_images` are RGB pictures of any size, one
-    for each of `controls`, None for the picture that the job begins with; `pass_images` are those of the passes.
+    are grey pictures of that size, white where something is to be drawn. `control_images` are RGB pictures of any size,
+    one for each of `controls`, None for the picture that the job begins with; `pass_images` are those of the passes,
+    `pass_tiles` size and stride of their tiles, where they have any.
     """
 
     prompt: str
@@ -114,6 +115,7 @@ class Job:
     controls: tuple[Control, ...] = ()
     control_images: tuple[Image.Image | None, ...] = ()
     pass_images: tuple[tuple[Image.Image | None, ...], ...] = ()
+    pass_tiles: tuple[tuple[int, int] | None, ...] = ()
     high_res: tuple[HighRes, ...] = ()
     tiled: bool = False
     tile_size: int | None = None
@@ -132,6 +134,7 @@ class Job:
     def at(self, number: int) -> Job:
         """The job of a pass at a higher resolution; a size that the network is told grows if it was the picture's."""
         stage = self.high_res[number]
+        tiles = self.pass_tiles[number] or (None, None)
         size = Size(stage.width, stage.height)
         grown = {"original_width": size.width, "original_height": size.height}
         grown |= {"target_width": size.width, "target_height": size.height}
@@ -143,8 +146,8 @@ class Job:
             steps=stage.steps or self.steps,
             denoising_strength=float(stage.strength),
             tiled=self.tiled if stage.tiled is None else stage.tiled,
-            tile_size=self.tile_size if stage.tile_size is None else stage.tile_size,
-            tile_stride=self.tile_stride if stage.tile_stride is None else stage.tile_stride,
+            tile_size=tiles[0],
+            tile_stride=tiles[1],
             controls=self.controls if stage.controls is None else stage.controls,
             control_images=self.control_images if stage.controls is None else self.pass_images[number],
             mask_image=None if self.mask_image is None else resized(self.mask_image, size),
@@ -173,7 +176,8 @@ class Job:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["input_image"] = values.pop("input_name")
         values["mask_image"] = values.pop("mask_name")
-        del values["region_masks"], values["control_images"], values["pass_images"]
+        del values["region_masks"], values["control_images"]
+        del values["pass_images"], values["pass_tiles"]
         return plain(values)
 
 
@@ -312,6 +316,10 @@ class Request:
             for field in ("mask_feather", "keep_unmasked"):
                 if getattr(self, field):
                     raise RequestError(field, getattr(self, field), "nothing without a mask_image, or extend")
+        if self.input_image is None:
+            for number, control in enumerate(self.controls):
+                if control.image is None:
+                    raise RequestError(f"controls[{number}].image", None, "a picture: there is no input_image either")
         if self.keep_unmasked and self.high_res:
             raise RequestError("keep_unmasked", True, "False with high_res: enlarged pixels are not kept as they were")
         if not self.tiled and not any(each.tiled for each in self.high_res):
@@ -348,9 +356,9 @@ class Request:
     ) -> Job:
         """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
 
-        `picture`, `mask`, `region_masks`, `control_images` and those of the passes are the request's, opened. Raises RequestError for
-        sizes off the grid, samplers or schedules that the family's process does not have, and values for what the
-        model has no use for.
+        `picture`, `mask`, `region_masks`, `control_images` and those of the passes are the request's, opened. Raises
+        RequestError for sizes off the grid, samplers or schedules that the family's process does not have, and values
+        for what the model has no use for.
         """
         assert (picture is None) == (self.input_image is None)
         assert (mask is None) == (self.mask_image is None)
@@ -365,11 +373,19 @@ class Request:
             usual = _in_proportion(Size(*picture.size), self.width, self.height, usual, defaults.grain)
         width = usual.width if self.width is None else self.width
         height = usual.height if self.height is None else self.height
-        tiles = self._tiles(defaults)
+        tiled = self.tiled or any(each.tiled for each in self.high_res)
+        tiles = _tiles("", self.tile_size, self.tile_stride, defaults) if tiled else None
         _on_the_grid("", Size(width, height), defaults, tiled=self.tiled)
+        pass_tiles: list[tuple[int, int] | None] = []
         for number, stage in enumerate(self.high_res):
-            tiled = self.tiled if stage.tiled is None else stage.tiled
-            _on_the_grid(f"high_res[{number}].", Size(stage.width, stage.height), defaults, tiled=tiled)
+            field, tiled = f"high_res[{number}].", self.tiled if stage.tiled is None else stage.tiled
+            _on_the_grid(field, Size(stage.width, stage.height), defaults, tiled=tiled)
+            own = tiles if tiled else None
+            if stage.tile_size is not None or stage.tile_stride is not None:
+                if not tiled:
+                    raise RequestError(field + "tile_size", stage.tile_size, "None where nothing is tiled")
+                own = _tiles(field, stage.tile_size or self.tile_size, stage.tile_stride, defaults)
+            pass_tiles.append(own)
         sampler = defaults.sampler if self.sampler is None else self.sampler
         if sampler not in defaults.samplers:
             raise RequestError("sampler", sampler, "one of " + ", ".join(defaults.samplers))
@@ -426,6 +442,7 @@ class Request:
             controls=self.controls,
             control_images=tuple(control_images),
             pass_images=tuple(tuple(images) for images in pass_images),
+            pass_tiles=tuple(pass_tiles),
             high_res=self.high_res,
             tiled=self.tiled,
             tile_size=None if tiles is None else tiles[0],
@@ -443,23 +460,6 @@ class Request:
         if max(size.width, size.height) > MAX_SIDE:
             raise RequestError("extend", self.extend, f"less: {size} would follow, and {MAX_SIDE:,} are the most")
         return size
-
-    def _tiles(self, defaults: Defaults) -> tuple[int, int] | None:
-        """Pixels a side of a tile and from one to the next; None where nothing is tiled."""
-        if not self.tiled and not any(each.tiled for each in self.high_res):
-            return None
-        side = min(defaults.width, defaults.height) if self.tile_size is None else self.tile_size
-        stride = max(side * 3 // 4 // defaults.grain, 1) * defaults.grain
-        stride = stride if self.tile_stride is None else self.tile_stride
-        for field, value in (("tile_size", side), ("tile_stride", stride)):
-            whole(field, value, defaults.grain, MAX_SIDE)
-            if value % defaults.grain:
-                raise RequestError(field, value, f"multiples of {defaults.grain}")
-        if stride > side:
-            raise RequestError("tile_stride", stride, f"at most the tile_size, {side}: the tiles would leave gaps")
-        if defaults.largest is not None and side > defaults.largest:
-            raise RequestError("tile_size", side, f"at most {defaults.largest:,}: this model knows no positions beyond")
-        return side, stride
 
 
 SIZES = ("original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height")
@@ -504,6 +504,23 @@ def _on_the_grid(prefix: str, size: Size, defaults: Defaults, *, tiled: bool) ->
         if defaults.largest is not None and value > defaults.largest and not tiled:
             allowed = f"at most {defaults.largest:,}: this model knows no positions beyond; or tiled"
             raise RequestError(prefix + field, value, allowed)
+
+
+def _tiles(prefix: str, size: int | None, stride: int | None, defaults: Defaults) -> tuple[int, int]:
+    """Pixels a side of a tile, and from one to the next."""
+    size = min(defaults.width, defaults.height) if size is None else size
+    stride = max(size * 3 // 4 // defaults.grain, 1) * defaults.grain if stride is None else stride
+    for field, value in ((prefix + "tile_size", size), (prefix + "tile_stride", stride)):
+        whole(field, value, defaults.grain, MAX_SIDE)
+        if value % defaults.grain:
+            raise RequestError(field, value, f"multiples of {defaults.grain}")
+    if stride > size:
+        allowed = f"at most the tile_size, {size}: the tiles would leave gaps"
+        raise RequestError(prefix + "tile_stride", stride, allowed)
+    if defaults.largest is not None and size > defaults.largest:
+        allowed = f"at most {defaults.largest:,}: this model knows no positions beyond"
+        raise RequestError(prefix + "tile_size", size, allowed)
+    return size, stride
 
 
 def _in_proportion(picture: Size, width: int | None, height: int | None, usual: Size, grain: int) -> Size:
