@@ -121,10 +121,10 @@ def test_a_pass_at_a_higher_resolution_is_led_by_the_picture_that_is_there(tmp_p
     """As two requests, the second of which starts from what the first drew; each picture by its own."""
     sd1(tmp_path / "sd1")
     controlnet(tmp_path / "a", sdxl=False)
-    model = calotype.load(tmp_path / "sd1", device="cpu")
-    large = {"width": 2 * SIZE["width"], "height": 2 * SIZE["height"], "tiled": True, "tile_size": 64}
+    model: Any = calotype.load(tmp_path / "sd1", device="cpu")
+    large: Any = {"width": 2 * SIZE["width"], "height": 2 * SIZE["height"], "tiled": True, "tile_size": 64}
     led = [Control(kind="none", model=str(tmp_path / "a"), scale=0.7)]
-    fields = {"steps": 3, "cfg_scale": 4.0, "count": 2, "seed": 5}
+    fields: Any = {"steps": 3, "cfg_scale": 4.0, "count": 2, "seed": 5}
     asked = HighRes(**large, strength=0.6, steps=4, controls=tuple(led))
     for kind in ("none", "canny"):
         led = [replace(led[0], kind=kind)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -12,12 +13,15 @@ from calotype.control.hints import Hint
 from calotype.families.model import FamilyModel
 from calotype.generate.stages import Part, Stage
 from calotype.image import mask_tensor, to_tensor
-from calotype.sampling.guidance import guided, guided_both
+from calotype.sampling.guidance import guided_both, sides
 from calotype.sampling.levels import Level
 from calotype.sampling.samplers import SAMPLERS, Denoise, evaluated
-from calotype.sampling.spatial import Box, Regional, Tile, beside, regional, tiled
+from calotype.sampling.spatial import Tiles, beside, blended, tiled
 
 C = TypeVar("C")
+
+TOGETHER = 2 * 128 * 128
+"""Latents (of all rows) that one pass through a network takes on: 1024 x 1024 pixels, with both sides of guidance."""
 
 
 def of_stage(
@@ -26,31 +30,55 @@ def of_stage(
     """The Denoise of a stage.
 
     `begun` is the picture that the stage begins with, where that is known; `more` is what a model that inpaints takes
-    beside the latents, for all of the picture; `batched` runs both sides of guidance in one pass.
+    beside the latents, for all of the picture; `batched` runs prompts in one pass, as many as a large picture's two.
     """
     levels = evaluated(SAMPLERS[stage.job.sampler], model.levels(stage.job))
     shown = [led.by(begun) for led in stage.led]
     alike: dict[Hashable, Denoise] = {}
-    tiles: list[Tile] = []
-    for part in stage.parts:
+    groups: list[Tiles] = []
+    for parts in _groups(stage, batched=batched):
+        boxes = [part.box for part in parts]
         # Tiles of one size that are told the same are one picture to the network.
-        own = part.box if part.read.regions or shown or more is not None else None
-        same = (part.job.size, model.conditioned_by(part.job), own)
+        places = tuple(boxes) if parts[0].read.regions or shown or more is not None else None
+        same = (parts[0].job.size, tuple(model.conditioned_by(part.job) for part in parts), places)
         if same not in alike:
-            there = None if more is None else part.box.of(more)
-            alike[same] = _of_part(model, part, levels, _hints(model, stage, shown, part.box), batched, there)
-        tiles.append(Tile(part.box, alike[same]))
+            there = None if more is None else torch.cat([box.of(more) for box in boxes])
+            hints = _hints(model, stage, shown, parts)
+            alike[same] = _of_parts(model, parts, levels, hints, there, batched=batched)
+        groups.append(Tiles(boxes, alike[same]))
     _, height, width = model.noise_shape(stage.job)
-    return tiles[0].denoise if len(tiles) == 1 else tiled(tiles, height, width)
+    return groups[0].denoise if len(stage.parts) == 1 else tiled(groups, height, width)
 
 
-def _hints(model: FamilyModel[C], stage: Stage[C], shown: Sequence[Image.Image], box: Box) -> tuple[Hint, ...]:
-    """What the ControlNets of a stage are led by, in one of its tiles."""
-    top, left, height, width = (side * stage.scale for side in box)
+def _groups(stage: Stage[C], *, batched: bool) -> list[list[Part[C]]]:
+    """Tiles that go through the network together, in groups of about one number."""
+    parts = stage.parts
+    prompts = _sides(parts[0])
+    rows = len(prompts) if batched else 1
+    most = max(TOGETHER // (rows * parts[0].box.height * parts[0].box.width), 1)
+    count = -(-len(parts) // most)
+    return [list(parts[len(parts) * k // count : len(parts) * (k + 1) // count]) for k in range(count)]
+
+
+def _sides(part: Part[C]) -> list[C]:
+    """What the network is asked of a place: with the prompt, with those of regions, and without any."""
+    positive, negative, regions = part.read
+    return [positive, *regions, *([] if negative is None else [negative])]
+
+
+def _hints(
+    model: FamilyModel[C], stage: Stage[C], shown: Sequence[Image.Image], parts: Sequence[Part[C]]
+) -> tuple[Hint, ...]:
+    """What the ControlNets of a stage are led by in some of its tiles."""
+
+    def of(picture: Image.Image) -> Tensor:
+        pixels = to_tensor(picture)[None]
+        return torch.cat([part.box.times(stage.scale).of(pixels) for part in parts]).to(model.device)
+
     return tuple(
         Hint(
             network=led.network,
-            picture=to_tensor(picture.crop((left, top, left + width, top + height)))[None].to(model.device),
+            picture=of(picture),
             scale=led.control.scale,
             start=led.control.start,
             end=led.control.end,
@@ -60,35 +88,56 @@ def _hints(model: FamilyModel[C], stage: Stage[C], shown: Sequence[Image.Image],
     )
 
 
-def _of_part(
+def _of_parts(
     model: FamilyModel[C],
-    part: Part[C],
+    parts: Sequence[Part[C]],
     levels: Sequence[Level],
     hints: Sequence[Hint],
-    batched: bool,
     more: Tensor | None,
+    *,
+    batched: bool,
 ) -> Denoise:
-    """The family's own Denoise, with prompts for regions, under classifier-free guidance where the job asks for it."""
-    job, read = part.job, part.read
-
-    def denoiser(conditioning: C) -> Denoise:
-        denoise = model.denoiser(conditioning, levels, job, hints=hints)
-        return denoise if more is None else beside(denoise, more)
-
-    if read.negative is not None and not read.regions and batched:
-        both = model.both(read.positive, read.negative, levels, job, hints=hints)
-        return guided_both(
-            both if more is None else beside(both, more), job.cfg_scale, job.cfg_rescale, model.prediction
+    """The Denoise of tiles of one size, a row each: with prompts for regions, guided where the job asks for it."""
+    job = parts[0].job
+    answers = _answers(model, parts, levels, hints, batched=batched)
+    if more is not None:
+        answers = beside(answers, more)
+    _, height, width = model.noise_shape(job)
+    weights = [
+        torch.cat([region.scale * mask_tensor(part.job.region_masks[k], height, width) for part in parts]).to(
+            model.device
         )
-    positive = denoiser(read.positive)
-    if read.regions:
-        _, height, width = model.noise_shape(job)
-        weights = [
-            region.scale * mask_tensor(mask, height, width).to(model.device)
-            for region, mask in zip(job.regions, job.region_masks, strict=True)
-        ]
-        denoisers = [denoiser(conditioning) for conditioning in read.regions]
-        positive = regional(positive, [Regional(*pair) for pair in zip(denoisers, weights, strict=True)])
-    if read.negative is None:
-        return positive
-    return guided(positive, denoiser(read.negative), job.cfg_scale, job.cfg_rescale, model.prediction)
+        for k, region in enumerate(job.regions)
+    ]
+
+    def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        with_, *rest = answers(x, level)
+        return blended(with_, rest[: len(weights)], weights) if weights else with_, rest[-1] if rest else with_
+
+    if parts[0].read.negative is None:
+        return lambda x, level: both(x, level)[0]
+    return guided_both(both, job.cfg_scale, job.cfg_rescale, model.prediction)
+
+
+def _answers(
+    model: FamilyModel[C], parts: Sequence[Part[C]], levels: Sequence[Level], hints: Sequence[Hint], *, batched: bool
+) -> Callable[[Tensor, Level], Sequence[Tensor]]:
+    """The estimates of each side, for a row of x for each of the parts."""
+    asked = [list(side) for side in zip(*(_sides(part) for part in parts), strict=True)]
+    area = len(parts) * parts[0].box.height * parts[0].box.width
+    most = max(TOGETHER // area, 2) if batched else 1
+    jobs = [part.job for part in parts]
+    made: list[Callable[[Tensor, Level], Sequence[Tensor]]] = []
+
+    def add(some: Sequence[Sequence[C]]) -> None:
+        rows = model.joined([conditioning for side in some for conditioning in side])
+        if rows is not None:
+            made.append(sides(model.denoiser(rows, levels, jobs * len(some), hints=hints), len(some)))
+            return
+        assert len(some) > 1, "the same prompt for all parts"
+        for side in some:
+            add([side])
+
+    for first in range(0, len(asked), most):
+        add(asked[first : first + most])
+    return lambda x, level: [answer for each in made for answer in each(x, level)]
