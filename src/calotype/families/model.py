@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calotype.control.hints import Hint
 from calotype.errors import RequestError
 from calotype.lora.attach import Adapters
 from calotype.memory.ladder import Memory
+from calotype.nn.leader import Leader
 from calotype.request import Defaults, Job
 from calotype.sampling.guidance import Prediction
 from calotype.sampling.levels import Level, Levels
@@ -78,6 +80,21 @@ class FamilyModel(ABC, Generic[C]):
     @abstractmethod
     def joined(self, conditionings: Sequence[C]) -> C | None:
         """Several conditionings as one, row after row; None where they are too unlike for one pass."""
+
+    def seen_by(self, network: Leader, picture: Tensor, mask: Tensor | None) -> Tensor:
+        """What a ControlNet sees of a picture (b 3 h w in 0..1): pixels, or latents, with the mask if it wants one.
+
+        mask b 1 h w in 0..1, 1 where something is to be drawn.
+        """
+        if network.sees == "picture":
+            return picture
+        if network.sees == "latents":
+            return self.encode(picture)
+        if mask is None:
+            raise RequestError("mask_image", None, "a mask: one of the ControlNets was made for inpainting")
+        mask = (mask > 0.5).float()
+        latents = self.encode(picture * (1 - mask))
+        return torch.cat([latents, 1 - F.interpolate(mask, size=latents.shape[2:])], dim=1)
 
     def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
         """What a model that inpaints takes beside the noisy latents, on their grid: b c h w.

@@ -135,21 +135,23 @@ class UNetModel(FamilyModel[UNetConditioning]):
         unet = self.unet
         if not isinstance(unet, UNet):
             raise RequestError("controls", f"{len(hints)} of them", "none with the backend openvino: load with torch")
+        led = [(hint, hint.network) for hint in hints if isinstance(hint.network, ControlNet)]
+        assert len(led) == len(hints)
         prepared = [
-            hint.network.prepare_hinted(texts, vector, times, hint.kind, reader_for(hint.network, unet.config, unet))
-            for hint in hints
+            network.prepare_hinted(texts, vector, times, hint.kind, reader_for(network, unet.config, unet))
+            for hint, network in led
         ]
-        embedded = [hint.embedded for hint in hints]
+        embedded = [network.embed(hint.picture, hint.kind) for hint, network in led]
 
         def additions(x: Tensor, step: int) -> tuple[Sequence[Tensor], ...]:
             total: list[Tensor] = []
-            for hint, own, seen in zip(hints, prepared, embedded, strict=True):
+            for (hint, network), own, seen in zip(led, prepared, embedded, strict=True):
                 if not hint.leads(step, len(times)):
                     continue
-                latents = x[:, : hint.network.config.channels_in]
+                latents = x[:, : network.config.channels_in]
                 if len(seen) < len(x):
                     seen = seen.repeat(len(x) // len(seen), 1, 1, 1)
-                made = [hint.scale * each.to(unet.conv_in.dtype) for each in hint.network(latents, *own.at(step), seen)]
+                made = [hint.scale * each.to(unet.conv_in.dtype) for each in network(latents, *own.at(step), seen)]
                 total = [a + b for a, b in zip(total, made, strict=True)] if total else made
             return (total,) if total else ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -24,26 +25,37 @@ TOGETHER = 2 * 128 * 128
 """Latents (of all rows) that one pass through a network takes on: 1024 x 1024 pixels, with both sides of guidance."""
 
 
+def seen_by(model: FamilyModel[C], stage: Stage[C], begun: Image.Image | None) -> tuple[Tensor, ...]:
+    """What the ControlNets of a stage see, of all of its picture, where it begins with `begun`."""
+    mask = None if stage.job.mask_image is None else to_tensor(stage.job.mask_image)[:1]
+    seen: list[Tensor] = []
+    for led in stage.led:
+        picture, masked = to_tensor(led.by(begun))[None].to(model.device), None if mask is None else mask[None]
+        with model.memory.holding(model.vae) if led.network.sees != "picture" else nullcontext():
+            masked = None if masked is None else masked.to(model.device)
+            seen.append(model.seen_by(led.network, picture, masked))
+    return tuple(seen)
+
+
 def of_stage(
-    model: FamilyModel[C], stage: Stage[C], begun: Image.Image | None, more: Tensor | None, *, batched: bool
+    model: FamilyModel[C], stage: Stage[C], seen: Sequence[Tensor], more: Tensor | None, *, batched: bool
 ) -> Denoise:
     """The Denoise of a stage.
 
-    `begun` is the picture that the stage begins with, where that is known; `more` is what a model that inpaints takes
-    beside the latents, for all of the picture; `batched` runs prompts in one pass, as many as a large picture's two.
+    `seen` is what `seen_by` gives; `more` is what a model that inpaints takes beside the latents, for all of the
+    picture; `batched` runs prompts in one pass, as many as a large picture's two.
     """
     levels = evaluated(SAMPLERS[stage.job.sampler], model.levels(stage.job))
-    shown = [led.by(begun) for led in stage.led]
     alike: dict[Hashable, Denoise] = {}
     groups: list[Tiles] = []
     for parts in _groups(stage, batched=batched):
         boxes = [part.box for part in parts]
         # Tiles of one size that are told the same are one picture to the network.
-        places = tuple(boxes) if parts[0].read.regions or shown or more is not None else None
+        places = tuple(boxes) if parts[0].read.regions or seen or more is not None else None
         same = (parts[0].job.size, tuple(model.conditioned_by(part.job) for part in parts), places)
         if same not in alike:
             there = None if more is None else torch.cat([box.of(more) for box in boxes])
-            hints = _hints(model, stage, shown, parts)
+            hints = _hints(stage, seen, parts)
             alike[same] = _of_parts(model, parts, levels, hints, there, batched=batched)
         groups.append(Tiles(boxes, alike[same]))
     _, height, width = model.noise_shape(stage.job)
@@ -66,25 +78,23 @@ def _sides(part: Part[C]) -> list[C]:
     return [positive, *regions, *([] if negative is None else [negative])]
 
 
-def _hints(
-    model: FamilyModel[C], stage: Stage[C], shown: Sequence[Image.Image], parts: Sequence[Part[C]]
-) -> tuple[Hint, ...]:
+def _hints(stage: Stage[C], seen: Sequence[Tensor], parts: Sequence[Part[C]]) -> tuple[Hint, ...]:
     """What the ControlNets of a stage are led by in some of its tiles."""
 
-    def of(picture: Image.Image) -> Tensor:
-        pixels = to_tensor(picture)[None]
-        return torch.cat([part.box.times(stage.scale).of(pixels) for part in parts]).to(model.device)
+    def of(whole: Tensor) -> Tensor:
+        scale = whole.shape[2] * stage.scale // stage.job.height  # pixels or latents
+        return torch.cat([part.box.times(scale).of(whole) for part in parts])
 
     return tuple(
         Hint(
             network=led.network,
-            picture=of(picture),
+            picture=of(whole),
             scale=led.control.scale,
             start=led.control.start,
             end=led.control.end,
             kind=led.kind,
         )
-        for led, picture in zip(stage.led, shown, strict=True)
+        for led, whole in zip(stage.led, seen, strict=True)
     )
 
 

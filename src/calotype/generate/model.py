@@ -19,7 +19,7 @@ from calotype.generate.loras import able, advised
 from calotype.generate.path import stream
 from calotype.generate.prompts import PromptCache
 from calotype.lora.files import UNTOLD, find
-from calotype.nn.controlnet import ControlNet
+from calotype.nn.leader import Leader
 from calotype.request import Request
 
 C = TypeVar("C")
@@ -35,7 +35,7 @@ class Model(Generic[C]):
         storage_errors: Mapping[str, float] | None = None,
         left_out: Mapping[str, str] | None = None,
         prompts: PromptCache[C] | None = None,
-        controls: Callable[[str], ControlNet] | None = None,
+        controls: Callable[[str], Leader] | None = None,
     ) -> None:
         """`controls` loads ControlNets for this model.
 
@@ -46,7 +46,7 @@ class Model(Generic[C]):
         self.left_out = dict(left_out or {})  # parts that it does without, and what that means
         self.prompts = PromptCache[C]() if prompts is None else prompts
         self._controls = controls
-        self._loaded: dict[str, ControlNet] = {}
+        self._loaded: dict[str, Leader] = {}
 
     @property
     def name(self) -> str:
@@ -89,7 +89,7 @@ class Model(Generic[C]):
         """Take an adapter away: the model's numbers are those of before, bit for bit."""
         able(self.family).detach(name)
 
-    def load_control(self, source: str | os.PathLike[str]) -> ControlNet:
+    def load_control(self, source: str | os.PathLike[str]) -> Leader:
         """The ControlNet that a file, folder or hub id holds, loaded once, where and as this model is.
 
         Raises a LoadError: WrongShape, which names the families that it fits, where this model's is not among them.

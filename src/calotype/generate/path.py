@@ -19,14 +19,14 @@ from torch import Tensor
 
 from calotype.errors import NonFiniteImage, OutOfMemory
 from calotype.families.model import FamilyModel
-from calotype.generate.denoisers import of_stage
+from calotype.generate.denoisers import of_stage, seen_by
 from calotype.generate.events import Events, Lowered, Picture, Progress
 from calotype.generate.loras import wear
 from calotype.generate.prompts import PromptCache
 from calotype.generate.stages import planned
 from calotype.image import embed_metadata, input_picture, mask_picture, mask_tensor, to_pil, to_tensor
 from calotype.memory.ladder import out_of_memory
-from calotype.nn.controlnet import ControlNet
+from calotype.nn.leader import Leader
 from calotype.request import Control, Job, Request, resized
 from calotype.sampling.samplers import SAMPLERS, Denoise, Step
 from calotype.sampling.spatial import keeping
@@ -41,7 +41,7 @@ def stream(
     *,
     cache: PromptCache[C] | None = None,
     batched_guidance: bool = True,
-    networks: Mapping[str, ControlNet] | None = None,
+    networks: Mapping[str, Leader] | None = None,
 ) -> Events:
     """Draw `request.count` pictures, one after another: for each the steps of all stages, then a Picture.
 
@@ -102,7 +102,7 @@ def _pictures(
     model: FamilyModel[C],
     job: Job,
     cache: PromptCache[C],
-    networks: Mapping[str, ControlNet],
+    networks: Mapping[str, Leader],
     batched_guidance: bool,
     *,
     first: int,
@@ -121,9 +121,10 @@ def _pictures(
                 assert x is not None
                 x, begun = _enlarged(model, x, stage.job, job.high_res[number - 1].upscaler, job.seed + k, shown=sees)
             more = _beside(model, stage.job, begun) if model.inpaints else None
+            seen = seen_by(model, stage, begun) if number not in denoisers or sees else ()
             with model.memory.holding(model.backbone, *stage.networks):
                 if number not in denoisers or (number and sees):
-                    denoisers[number] = of_stage(model, stage, begun, more, batched=batched_guidance)
+                    denoisers[number] = of_stage(model, stage, seen, more, batched=batched_guidance)
                 for step in _steps(model, stage.job, denoisers[number], x, job.seed + k):
                     x = step.x
                     yield Progress(

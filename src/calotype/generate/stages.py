@@ -13,7 +13,7 @@ from calotype.control.hints import kind_of
 from calotype.errors import RequestError
 from calotype.families.model import FamilyModel
 from calotype.generate.prompts import PromptCache, Read, read
-from calotype.nn.controlnet import ControlNet
+from calotype.nn.leader import Leader
 from calotype.request import Control, Job, resized
 from calotype.sampling.spatial import Box, boxes
 
@@ -37,7 +37,7 @@ class Led:
     """
 
     control: Control
-    network: ControlNet
+    network: Leader
     kind: int | None
     shown: Image.Image | None
 
@@ -58,7 +58,7 @@ class Stage(NamedTuple, Generic[C]):
     led: tuple[Led, ...]
 
     @property
-    def networks(self) -> tuple[ControlNet, ...]:
+    def networks(self) -> tuple[Leader, ...]:
         return tuple(dict.fromkeys(led.network for led in self.led))
 
     @property
@@ -68,7 +68,7 @@ class Stage(NamedTuple, Generic[C]):
 
 
 def planned(
-    model: FamilyModel[C], job: Job, networks: Mapping[str, ControlNet], cache: PromptCache[C]
+    model: FamilyModel[C], job: Job, networks: Mapping[str, Leader], cache: PromptCache[C]
 ) -> tuple[Stage[C], ...]:
     """All stages of a job, with their prompts read and what leads them drawn, as far as it is there by then.
 
@@ -95,7 +95,7 @@ def _boxes(model: FamilyModel[C], job: Job, scale: int) -> Sequence[Box]:
     return boxes(height, width, job.tile_size // scale, job.tile_stride // scale)
 
 
-def _led(job: Job, networks: Mapping[str, ControlNet], prefix: str) -> tuple[Led, ...]:
+def _led(job: Job, networks: Mapping[str, Leader], prefix: str) -> tuple[Led, ...]:
     made: list[Led] = []
     for number, (control, picture) in enumerate(zip(job.controls, job.control_images, strict=True)):
         field, network = f"{prefix}controls[{number}].", networks[control.model]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -14,8 +14,9 @@ from calotype.control.hints import Hint
 from calotype.families.flow import FlowSettings
 from calotype.families.flux.conditioning import FluxConditioning, encode, joined
 from calotype.families.flux.config import FluxConfig
-from calotype.families.flux.network import FluxNetwork, to_latent, to_tokens
-from calotype.families.model import FamilyModel, masked, refuse_hints
+from calotype.families.flux.controlnet import FluxControlNet
+from calotype.families.flux.network import Added, FluxNetwork, to_latent, to_tokens
+from calotype.families.model import FamilyModel, masked
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
@@ -101,7 +102,6 @@ class FluxModel(FamilyModel[FluxConditioning]):
         *,
         hints: Sequence[Hint] = (),
     ) -> Denoise:
-        refuse_hints("FLUX", hints)
         network, job = self.transformer, jobs[0]
         number = {level.time: i for i, level in enumerate(levels)}
         grain, patch = self.defaults.grain, network.config.patch
@@ -115,14 +115,44 @@ class FluxModel(FamilyModel[FluxConditioning]):
             columns,
         )
 
+        additions = self._additions(conditioning, list(number), job, hints)
+
         def denoise(x: Tensor, level: Level) -> Tensor:
             x = x.expand(len(conditioning.text), -1, -1, -1)
-            tokens = network(to_tokens(x, patch), prepared, number[level.time])
+            step, image = number[level.time], to_tokens(x, patch)
+            tokens = network(image, prepared, step, additions(image, step))
             velocity = to_latent(tokens.float(), rows, columns, patch)
             # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
             return x[:, : velocity.shape[1]] - level.sigma * velocity
 
         return denoise
+
+    def _additions(
+        self, conditioning: FluxConditioning, times: Sequence[float], job: Job, hints: Sequence[Hint]
+    ) -> Callable[[Tensor, int], list[Added]]:
+        """What ControlNets add: tokens, the number of the level -> of each that leads there."""
+        led = [(hint, hint.network) for hint in hints if isinstance(hint.network, FluxControlNet)]
+        assert len(led) == len(hints)
+        rows, columns = job.height // self.defaults.grain, job.width // self.defaults.grain
+        levels = torch.tensor(times, device=self.device)
+        prepared = [
+            network.prepare_hinted(
+                conditioning.text, conditioning.pooled, job.embedded_guidance, levels, rows, columns, hint.kind
+            )
+            for hint, network in led
+        ]
+        embedded = [network.embed(to_tokens(hint.picture, self.transformer.config.patch)) for hint, network in led]
+
+        def additions(image: Tensor, step: int) -> list[Added]:
+            image = image[..., : self.transformer.config.image_width_out]
+            made: list[Added] = []
+            for (hint, network), own, seen in zip(led, prepared, embedded, strict=True):
+                if hint.leads(step, len(times)):
+                    seen = seen.repeat(len(image) // len(seen), 1, 1)
+                    made.append(network(image, own, step, seen, hint.scale))
+            return made
+
+        return additions
 
     def joined(self, conditionings: Sequence[FluxConditioning]) -> FluxConditioning | None:
         return joined(conditionings)

@@ -8,7 +8,7 @@ from typing import Any
 
 from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
 from calotype.checkpoint.text_encoders import CLIP, T5
-from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
+from calotype.families.family import Assembly, Clues, Controls, Family, Manifest, ManifestPart, Role, whole, with_card
 from calotype.families.flow import flow_settings
 from calotype.families.flux import DEV_DEFAULTS, FILL_DEFAULTS, SCHNELL_DEFAULTS, FluxModel, fills
 from calotype.families.flux.config import (
@@ -19,6 +19,7 @@ from calotype.families.flux.config import (
     SCHNELL_SAMPLING,
     FluxConfig,
 )
+from calotype.families.flux.controlnet import CONTROL, control_misfit
 from calotype.families.flux.keys import TRANSFORMER
 from calotype.families.flux.network import FluxNetwork
 from calotype.nn.autoencoder import Autoencoder, AutoencoderConfig
@@ -197,5 +198,6 @@ FAMILY = Family(
     scheduler=scheduler,
     assemble=assemble,
     manifests=MANIFESTS,
+    controls=Controls(part=CONTROL, misfit=control_misfit),
     harmless=("*.logit_scale", "logit_scale", "*.position_ids", "*.spiece_model"),
 )
