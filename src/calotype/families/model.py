@@ -117,12 +117,6 @@ class FamilyModel(ABC, Generic[C]):
         """A cheap, small impression of `decode`, b 3 h w."""
 
 
-def refuse_hints(family: str, hints: Sequence[Hint]) -> None:
-    """RequestError where a family is given hints that has no ControlNets here."""
-    if hints:
-        raise RequestError("controls", f"{len(hints)} of them", f"none: ControlNets of {family} do not run here yet")
-
-
 def masked(picture: Tensor, mask: Tensor) -> Tensor:
     """A picture b 3 h w in 0..1 with mid-grey where the mask b 1 h w is 1: zero, to an autoencoder."""
     return picture * (1 - mask) + 0.5 * mask

@@ -14,8 +14,9 @@ from calotype.control.hints import Hint
 from calotype.families.diffusion import DiffusionSettings
 from calotype.families.hunyuan_dit.conditioning import HunyuanConditioning, condition, joined
 from calotype.families.hunyuan_dit.config import DIFFUSION, ORIGINAL_SIZE
-from calotype.families.hunyuan_dit.network import HunyuanNetwork
-from calotype.families.model import FamilyModel, refuse_hints
+from calotype.families.hunyuan_dit.controlnet import HunyuanControlNet
+from calotype.families.hunyuan_dit.network import HunyuanNetwork, HunyuanTrunk, Prepared
+from calotype.families.model import FamilyModel
 from calotype.families.unets import ESTIMATES
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
@@ -103,25 +104,32 @@ class HunyuanModel(FamilyModel[HunyuanConditioning]):
         *,
         hints: Sequence[Hint] = (),
     ) -> Denoise:
-        refuse_hints("Hunyuan-DiT", hints)
         network, job = self.transformer, jobs[0]
         number = {level: i for i, level in enumerate(levels)}
-        told = None
-        if network.config.styled:
-            told = torch.tensor([told_sizes(each) for each in jobs], device=self.device)
-        prepared = network.prepare(
-            conditioning.text,
-            conditioning.t5,
-            conditioning.mask,
-            told,
-            torch.tensor([level.time for level in levels], device=self.device),
-            job.height // self.grain,
-            job.width // self.grain,
-        )
-        estimate = ESTIMATES[self.diffusion.prediction]
+        times = torch.tensor([level.time for level in levels], device=self.device)
+        rows, columns = job.height // self.grain, job.width // self.grain
+
+        def ready(network: HunyuanTrunk) -> Prepared:
+            told = None
+            if network.config.styled:
+                told = torch.tensor([told_sizes(each) for each in jobs], device=self.device)
+            return network.prepare(*conditioning, told, times, rows, columns)
+
+        prepared, estimate = ready(network), ESTIMATES[self.diffusion.prediction]
+        led = [(hint, hint.network) for hint in hints if isinstance(hint.network, HunyuanControlNet)]
+        assert len(led) == len(hints)
+        beside = [(hint, control, ready(control), control.embed(hint.picture)) for hint, control in led]
+
+        def additions(x: Tensor, step: int) -> list[list[Tensor]]:
+            return [
+                control(x, own, step, seen.repeat(len(x) // len(seen), 1, 1), hint.scale)
+                for hint, control, own, seen in beside
+                if hint.leads(step, len(times))
+            ]
 
         def denoise(x: Tensor, level: Level) -> Tensor:
-            predicted = network(x, prepared, number[level])[:, : network.config.channels_in]
+            step = number[level]
+            predicted = network(x, prepared, step, additions(x, step))[:, : network.config.channels_in]
             return estimate(x, predicted.float(), level)
 
         return denoise

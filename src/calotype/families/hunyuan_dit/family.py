@@ -11,9 +11,10 @@ from calotype.checkpoint.bert import BERT
 from calotype.checkpoint.keys import Extra
 from calotype.checkpoint.text_encoders import T5
 from calotype.families.diffusion import from_scheduler
-from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
+from calotype.families.family import Assembly, Clues, Controls, Family, Manifest, ManifestPart, Role, whole, with_card
 from calotype.families.hunyuan_dit import DEFAULTS, HunyuanModel
 from calotype.families.hunyuan_dit.config import DIFFUSION, LAST_BETA, V1_1, V1_2, VAE, HunyuanConfig
+from calotype.families.hunyuan_dit.controlnet import CONTROL, control_misfit
 from calotype.families.hunyuan_dit.keys import TRANSFORMER
 from calotype.families.hunyuan_dit.network import POOL_HEADS, HunyuanNetwork
 from calotype.nn.autoencoder import Autoencoder
@@ -214,6 +215,7 @@ FAMILY = Family(
     scheduler=scheduler_config,
     assemble=assemble,
     manifests=MANIFESTS,
+    controls=Controls(part=CONTROL, misfit=control_misfit),
     # What ComfyUI keeps beside mT5 in a single file: its tokenizer.
     harmless=("*mt5xl.spiece_model", "*mt5xl.logit_scale"),
 )

@@ -13,6 +13,12 @@ from calotype.families.hunyuan_dit.network import SINUSOID, SIZES, HunyuanNetwor
 
 def original_table(config: HunyuanConfig) -> Table:
     """Tencent's own names. There norm2 comes before the MLP and norm3 before cross-attention."""
+    ends = [Same("final_layer.adaLN_modulation.1.*", "conditioner.out.*"), Same("final_layer.linear.*", "out.*")]
+    return Table("transformer/original", (*original_rules(config), *ends))
+
+
+def original_rules(config: HunyuanConfig) -> list[Rule]:
+    """What ControlNets have too."""
     block = "blocks.{i}"
     rules: list[Rule] = [
         Same("x_embedder.proj.*", "image_in.*"),
@@ -37,16 +43,20 @@ def original_table(config: HunyuanConfig) -> Table:
         Same(f"{block}.norm2.*", f"{block}.mlp_norm.*"),
         Same(f"{block}.mlp.fc1.*", f"{block}.mlp_in.*"),
         Same(f"{block}.mlp.fc2.*", f"{block}.mlp_out.*"),
-        Same("final_layer.adaLN_modulation.1.*", "conditioner.out.*"),
-        Same("final_layer.linear.*", "out.*"),
     ]
     if config.styled:
         rules.append(Same("style_embedder.weight", "conditioner.style.weight"))
-    return Table("transformer/original", tuple(rules))
+    return rules
 
 
 def diffusers_table(config: HunyuanConfig) -> Table:
     """diffusers' names, where the last shift and scale change places."""
+    ends = [Swapped("norm_out.linear.*", "conditioner.out.*"), Same("proj_out.*", "out.*")]
+    return Table("transformer/diffusers", (*diffusers_rules(config), *ends))
+
+
+def diffusers_rules(config: HunyuanConfig) -> list[Rule]:
+    """What ControlNets have too."""
     d = config.width
     block, inputs = "blocks.{i}", "time_extra_emb"
     rules: list[Rule] = [
@@ -72,12 +82,10 @@ def diffusers_table(config: HunyuanConfig) -> Table:
         Same(f"{block}.norm3.*", f"{block}.mlp_norm.*"),
         Same(f"{block}.ff.net.0.proj.*", f"{block}.mlp_in.*"),
         Same(f"{block}.ff.net.2.*", f"{block}.mlp_out.*"),
-        Swapped("norm_out.linear.*", "conditioner.out.*"),
-        Same("proj_out.*", "out.*"),
     ]
     if config.styled:
         rules.append(Same(f"{inputs}.style_embedder.weight", "conditioner.style.weight"))
-    return Table("transformer/diffusers", tuple(rules))
+    return rules
 
 
 def _projection(theirs: str, ours: str, first: int, second: int) -> list[Rule]:
@@ -96,7 +104,7 @@ def _pool(theirs: str) -> list[Rule]:
 
 
 def _config(
-    evidence: Evidence, *, image: str, out: str, pool: str, extra: str, heads: str, mlp: str, text: str
+    evidence: Evidence, *, image: str, out: str | None, pool: str, extra: str, heads: str, mlp: str, text: str
 ) -> HunyuanConfig:
     evidence.require(activation_fn="gelu-approximate", norm_type="layer_norm")
     width, channels, patch = (evidence.size(image, axis) for axis in (0, 1, 2))
@@ -109,7 +117,7 @@ def _config(
         raise evidence.refuse(f"a conditioning vector of {told} channels")
     return HunyuanConfig(
         channels_in=channels,
-        channels_out=evidence.size(out) // patch**2,
+        channels_out=channels if out is None else evidence.size(out) // patch**2,
         patch=patch,
         width=width,
         heads=width // head,
@@ -124,11 +132,12 @@ def _config(
     )
 
 
-def original_config(evidence: Evidence) -> HunyuanConfig:
+def original_config(evidence: Evidence, out: str | None = "final_layer.linear.weight") -> HunyuanConfig:
+    """The numbers under Tencent's names; `out` is None for what ends in the middle."""
     return _config(
         evidence,
         image="x_embedder.proj.weight",
-        out="final_layer.linear.weight",
+        out=out,
         pool="pooler",
         extra="extra_embedder.0.weight",
         heads="blocks.0.attn1.q_norm.weight",
@@ -137,11 +146,12 @@ def original_config(evidence: Evidence) -> HunyuanConfig:
     )
 
 
-def diffusers_config(evidence: Evidence) -> HunyuanConfig:
+def diffusers_config(evidence: Evidence, out: str | None = "proj_out.weight") -> HunyuanConfig:
+    """The numbers under diffusers' names; `out` is None for what ends in the middle."""
     return _config(
         evidence,
         image="pos_embed.proj.weight",
-        out="proj_out.weight",
+        out=out,
         pool="time_extra_emb.pooler",
         extra="time_extra_emb.extra_embedder.linear_1.weight",
         heads="blocks.0.attn1.norm_q.weight",

@@ -10,6 +10,7 @@ text add to every block at all levels, the keys and values that text gives to ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class Prepared(NamedTuple):
     """All that one job's steps share."""
 
     shifts: tuple[Tensor, ...]  # of each block: t b 1 d
-    out: tuple[Tensor, Tensor]  # shift and scale at the end, t b 1 d each
+    out: tuple[Tensor, ...]  # shift and scale at the end, t b 1 d each; none where it does not end
     text: tuple[tuple[Tensor, Tensor], ...]  # keys and values for each block, b h m d/h each
     rope: Tensor  # rotations of image tokens, 2 n d/2h
 
@@ -93,7 +94,7 @@ class TextHeads(nn.Module):
 class Conditioner(nn.Module):
     """All that no step needs once the job is prepared."""
 
-    def __init__(self, config: HunyuanConfig) -> None:
+    def __init__(self, config: HunyuanConfig, *, ends: bool) -> None:
         super().__init__()
         d = config.width
         self.time_in = Embedder(SINUSOID, d)
@@ -105,7 +106,7 @@ class Conditioner(nn.Module):
         self.padding = nn.Embedding(config.text_tokens + config.t5_tokens, config.text_width)
         self.shifts = nn.ModuleList(Linear(d, d) for _ in range(config.blocks))
         self.text = nn.ModuleList(TextHeads(config) for _ in range(config.blocks))
-        self.out = Linear(d, 2 * d)
+        self.out = Linear(d, 2 * d) if ends else None
 
     def vectors(self, t5: Tensor, sizes: Tensor | None, times: Tensor) -> Tensor:
         """What time, the prompt as a whole, sizes and style come to, activated: (t b d)."""
@@ -177,22 +178,17 @@ class Block(nn.Module):
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh"))
 
 
-class HunyuanNetwork(nn.Module):
-    """Noisy latents -> what the model predicts (v), then a variance.
+class HunyuanTrunk(nn.Module):
+    """The transformer up to its last block: all of it, or a ControlNet's share, its first half without the middle."""
 
-    Both sides of classifier-free guidance may be asked for at once: with two prompts prepared, one row of latents
-    gives two.
-    """
-
-    def __init__(self, config: HunyuanConfig) -> None:
+    def __init__(self, config: HunyuanConfig, *, ends: bool) -> None:
         super().__init__()
         self.config = config
-        self.conditioner = Conditioner(config)
+        self.conditioner = Conditioner(config, ends=ends)
         self.image_in = Conv2d(config.channels_in, config.width, config.patch, stride=config.patch)
         self.blocks = nn.ModuleList(
-            Block(config, rejoins=number > config.blocks // 2) for number in range(config.blocks)
+            Block(config, rejoins=ends and number > config.blocks // 2) for number in range(config.blocks)
         )
-        self.out = Linear(config.width, config.patch**2 * config.channels_out)
 
     def only_for_preparing(self) -> tuple[nn.Module, ...]:
         """What no step needs: a sixth of the weights."""
@@ -222,29 +218,45 @@ class HunyuanNetwork(nn.Module):
             times = times[:, None]
         vectors = given.vectors(t5, sizes, times)
         read = given.texts(text, t5, mask)
-        shift, scale = given.out(vectors).unsqueeze(-2).chunk(2, dim=-1)
+        out = () if given.out is None else given.out(vectors).unsqueeze(-2).chunk(2, dim=-1)
         head = self.config.width // self.config.heads
         return Prepared(
             shifts=tuple(layer(vectors).unsqueeze(-2) for layer in given.shifts),
-            out=(shift, scale),
+            out=out,
             text=tuple(heads(read) for heads in given.text),
             rope=rope_table(positions(rows, columns, text.device), (head // 2, head // 2), THETA),
         )
 
-    def forward(self, x: Tensor, prepared: Prepared, level: int) -> Tensor:
+    def enter(self, x: Tensor) -> Tensor:
+        """Latents (b channels_in h w) -> tokens b n d."""
+        return rearrange(self.image_in(x.to(self.image_in.dtype)), "b d h w -> b (h w) d")
+
+
+class HunyuanNetwork(HunyuanTrunk):
+    """Noisy latents -> what the model predicts (v), then a variance.
+
+    Both sides of classifier-free guidance may be asked for at once: with two prompts prepared, one row of latents
+    gives two.
+    """
+
+    def __init__(self, config: HunyuanConfig) -> None:
+        super().__init__(config, ends=True)
+        self.out = Linear(config.width, config.patch**2 * config.channels_out)
+
+    def forward(self, x: Tensor, prepared: Prepared, level: int, added: Sequence[Sequence[Tensor]] = ()) -> Tensor:
         """x (b channels_in h w) at the prepared level number `level` -> (b channels_out h w).
 
-        Where more rows were prepared than x has, x has one, and each of them gets its answer.
+        Where more rows were prepared than x has, x has one, and each of them gets its answer. `added` is what
+        ControlNets add to what each block of the first half leaves for one of the second.
         """
         rows = x.shape[2] // self.config.patch
-        x = rearrange(self.image_in(x.to(self.image_in.dtype)), "b d h w -> b (h w) d")
-        x = x.expand(len(prepared.text[0][0]), -1, -1)
+        x = self.enter(x).expand(len(prepared.text[0][0]), -1, -1)
         left: list[Tensor] = []
+        half = self.config.blocks // 2
         for number, (block, shift, (k, v)) in enumerate(zip(self.blocks, prepared.shifts, prepared.text, strict=True)):
-            half = self.config.blocks // 2
             x = block(x, left.pop() if number > half else None, shift[level], k, v, prepared.rope)
             if number < half - 1:
-                left.append(x)
+                left.append(sum((made[number] for made in added), x))
         shift, scale = (part[level] for part in prepared.out)
         patches = self.out(modulated(x, shift, scale))
         return rearrange(
