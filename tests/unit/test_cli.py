@@ -1069,3 +1069,8 @@ def test_a_place_is_a_folder_or_numbered_files(tmp_path: Path) -> None:
 )
 def test_a_prompt_may_name_loras(prompt: str, options: list[str], drawn: str, loras: list[dict[str, Any]]) -> None:
     assert loras_in(prompt, loras_of(options)) == (drawn, loras)
+
+
+def test_an_upscaler_is_read_from_the_option_of_a_pass() -> None:
+    wanted = {"width": 96, "height": 96, "strength": 1.0, "steps": 2, "upscaler": "up/4x@b.pth"}
+    assert READ["high_res"](["96x96@1@2@up/4x@b.pth"]) == [wanted]

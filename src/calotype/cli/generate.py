@@ -110,7 +110,7 @@ def generate(
             "Large pictures",
             "WxH[@STRENGTH[@STEPS[@UPSCALER]]]",
             "Draw over the finished picture at this size; repeat it for larger ones. Strength 0.5, the same steps, and "
-            "lanczos (or latent) if not given.",
+            "lanczos (or latent, or the file of an ESRGAN) if not given.",
         ),
     ] = None,
     high_res_control: Annotated[
@@ -352,7 +352,7 @@ def _high_res(texts: list[str]) -> list[dict[str, Any]]:
     """WxH[@STRENGTH[@STEPS[@UPSCALER]]], each."""
     made: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        found = re.fullmatch(r"(\d+)[xX](\d+)(?:@(\d*\.?\d+)(?:@(\d+)(?:@(\w+))?)?)?", text)
+        found = re.fullmatch(r"(\d+)[xX](\d+)(?:@(\d*\.?\d+)(?:@(\d+)(?:@(.+))?)?)?", text)
         if found is None:
             allowed = "WIDTHxHEIGHT[@STRENGTH[@STEPS[@UPSCALER]]], as 2048x2048@0.5@20"
             raise RequestError(f"high_res[{number}]", text, allowed)

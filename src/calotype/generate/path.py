@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from calotype.errors import NonFiniteImage, OutOfMemory
+from calotype.control.upscalers import Upscaler, load_upscaler
+from calotype.errors import NonFiniteImage, OutOfMemory, RequestError
 from calotype.families.model import FamilyModel
 from calotype.generate.denoisers import of_stage, seen_by
 from calotype.generate.events import Events, Lowered, Picture, Progress
@@ -28,6 +29,7 @@ from calotype.image import embed_metadata, input_picture, mask_picture, mask_ten
 from calotype.memory.ladder import out_of_memory
 from calotype.nn.leader import Leader
 from calotype.request import Control, Job, Request, resized
+from calotype.request.parts import UPSCALERS
 from calotype.sampling.samplers import SAMPLERS, Denoise, Step
 from calotype.sampling.spatial import keeping
 
@@ -65,13 +67,14 @@ def stream(
     )
     networks = {} if networks is None else networks
     cache = PromptCache() if cache is None else cache
+    upscalers = _upscalers(model, job)
     wear(model, job.loras)
     done = 0
     while done < job.count:
         try:
             if model.adapters is not None:
                 model.adapters.apply()
-            with closing(_pictures(model, job, cache, networks, batched_guidance, first=done)) as events:
+            with closing(_pictures(model, job, cache, networks, upscalers, batched_guidance, first=done)) as events:
                 for event in events:
                     yield event
                     done += isinstance(event, Picture)
@@ -91,6 +94,18 @@ def stream(
         yield Lowered(picture=done, before=before, rung=model.memory.rung, reason=reason)
 
 
+def _upscalers(model: FamilyModel[C], job: Job) -> dict[str, Upscaler]:
+    """The upscalers of a job that come from files, by what its passes call them."""
+    found: dict[str, Upscaler] = {}
+    for number, each in enumerate(job.high_res):
+        if each.upscaler not in UPSCALERS and each.upscaler not in found:
+            try:
+                found[each.upscaler] = load_upscaler(each.upscaler, model.device)
+            except RequestError as error:
+                raise RequestError(f"high_res[{number}].{error.field}", error.value, error.allowed) from error
+    return found
+
+
 def _opened(controls: Sequence[Control], prefix: str) -> list[Image.Image | None]:
     return [
         None if control.image is None else input_picture(control.image, f"{prefix}controls[{number}].image")
@@ -103,6 +118,7 @@ def _pictures(
     job: Job,
     cache: PromptCache[C],
     networks: Mapping[str, Leader],
+    upscalers: Mapping[str, Upscaler],
     batched_guidance: bool,
     *,
     first: int,
@@ -119,7 +135,8 @@ def _pictures(
             sees = model.inpaints or stage.led_by_itself
             if number:
                 assert x is not None
-                x, begun = _enlarged(model, x, stage.job, job.high_res[number - 1].upscaler, job.seed + k, shown=sees)
+                by = job.high_res[number - 1].upscaler
+                x, begun = _enlarged(model, x, stage.job, by, upscalers.get(by), job.seed + k, shown=sees)
             more = _beside(model, stage.job, begun) if model.inpaints else None
             seen = seen_by(model, stage, begun) if number not in denoisers or sees else ()
             with model.memory.holding(model.backbone, *stage.networks):
@@ -158,11 +175,14 @@ def _decoded(model: FamilyModel[C], x: Tensor, seed: int) -> Image.Image:
 
 
 def _enlarged(
-    model: FamilyModel[C], x: Tensor, job: Job, upscaler: str, seed: int, *, shown: bool
+    model: FamilyModel[C], x: Tensor, job: Job, by: str, upscaler: Upscaler | None, seed: int, *, shown: bool
 ) -> tuple[Tensor, Image.Image | None]:
     """The latents of a stage before, at the size of this one, and what they show, where that is known or wanted."""
-    latent = upscaler == "latent"
-    picture = resized(_decoded(model, x, seed), job.size) if shown or not latent else None
+    latent = by == "latent"
+    picture = None
+    if shown or not latent:
+        decoded = _decoded(model, x, seed)
+        picture = resized(decoded, job.size) if upscaler is None else upscaler.enlarge(decoded, job.size)
     if latent or picture is None:
         return F.interpolate(x, size=model.noise_shape(job)[1:], mode="bilinear"), picture
     return _encoded(model, picture), picture

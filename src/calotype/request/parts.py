@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_PARTS = 64
 UPSCALERS = ("lanczos", "latent")
+WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # how a file of an upscaler's ends
 
 
 class Part:
@@ -147,7 +148,8 @@ class HighRes(Part):
     width, height   pixels, multiples of the family's grain
     strength        0..1, exclusive of 0: how far the enlarged picture is taken back to noise
     steps           sampling steps over that part of the way; None: those of the request
-    upscaler        "lanczos" enlarges the picture, "latent" the latents (softer, without decoding between)
+    upscaler        "lanczos" enlarges the picture, "latent" the latents (softer, without decoding between); or the
+                    path of an ESRGAN or the like, a file of weights
     tiled           whether the network sees the picture in tiles; None: as the request has it
     tile_size, tile_stride
                     pixels a side of a tile, and from one to the next; None: as the request has it
@@ -172,8 +174,10 @@ class HighRes(Part):
             raise RequestError("strength", self.strength, "more than 0: nothing of the picture would change")
         if self.steps is not None:
             whole("steps", self.steps, 1, MAX_STEPS)
-        if self.upscaler not in UPSCALERS:
-            raise RequestError("upscaler", self.upscaler, "one of " + ", ".join(UPSCALERS))
+        text("upscaler", self.upscaler)
+        if self.upscaler not in UPSCALERS and not self.upscaler.lower().endswith(WEIGHTS):
+            allowed = f"one of {', '.join(UPSCALERS)}, or the path of a file that ends with {', '.join(WEIGHTS)}"
+            raise RequestError("upscaler", self.upscaler, allowed)
         if self.tiled is not None and not isinstance(self.tiled, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RequestError("tiled", self.tiled, "True, False or None")
         for field in ("tile_size", "tile_stride"):

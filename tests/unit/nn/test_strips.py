@@ -5,8 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as some
 from tiny import scattered
 from torch import Tensor, nn
 
@@ -59,6 +62,21 @@ def test_strips_are_equal_to_one_piece(
     whole, made = both(network(), way, given(way, size, batch=2), height, monkeypatch)
     assert made.dtype == whole.dtype and made.shape == whole.shape
     assert not torch.equal(made, whole)  # else nothing was taken in strips
+    assert (made - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis.given(
+    way=some.sampled_from(["decode", "encode"]),
+    size=some.tuples(some.integers(1, 6), some.integers(2, 6)),  # one latent alone has two values a norm: 2e-5
+    rows=some.integers(1, 16),
+)
+def test_any_size_in_strips_of_any_height_is_one_piece(
+    way: str, size: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AutoencoderConfig(latent_channels=4, widths=(64, 64), blocks=1, quant_convs=False, scale=1, shift=0)
+    whole, made = both(network(config), way, given(way, size, config), rows, monkeypatch)
+    assert made.shape == whole.shape
     assert (made - whole).abs().max() <= 1e-5 * whole.abs().max()
 
 

@@ -51,6 +51,25 @@ def test_tiles_of_what_looks_at_each_place_alone_are_the_whole(
     torch.testing.assert_close(tiled(tiles, height, width)(x, LEVEL), halved(x, LEVEL), rtol=1e-6, atol=1e-6)
 
 
+@given(
+    height=some.integers(1, 24),
+    width=some.integers(1, 24),
+    size=some.integers(1, 16),
+    stride=some.integers(1, 16),
+)
+@settings(deadline=None, max_examples=30)
+def test_what_all_tiles_say_counts_for_one(height: int, width: int, size: int, stride: int) -> None:
+    """For any size and stride that a request may have: a place's shares add up to 1, and none is below 0."""
+    places = boxes(height, width, size, min(stride, size))
+    values = torch.rand(len(places), 1, 1, 1, generator=torch.Generator().manual_seed(len(places)))
+    x = torch.zeros(1, 1, height, width)
+    same = tiled([Tiles(places, lambda x, _: torch.ones_like(x))], height, width)(x, LEVEL)
+    torch.testing.assert_close(same, torch.ones_like(x))
+    mixed = tiled([Tiles(places, lambda x, _: x + values)], height, width)(x, LEVEL)
+    assert mixed.min() >= values.min() - 1e-6
+    assert mixed.max() <= values.max() + 1e-6
+
+
 def test_no_border_of_a_tile_shows() -> None:
     """Tiles that say different things: from one to the other in small steps."""
     places = boxes(1, 64, 32, 16)
