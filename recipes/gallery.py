@@ -21,6 +21,7 @@ from recipes.places import EMPTY, SIDE, Layout, layouts, regions
 GALLERY = Path(__file__).parents[1] / "docs" / "gallery"
 Draw = Callable[..., Image.Image]
 GAP = 12
+LARGEST = 480_000  # bytes of a file
 INK, PAPER, LINE = (32, 32, 36), (250, 250, 250), (205, 205, 210)
 
 
@@ -56,7 +57,6 @@ def grid(rows: Sequence[Sequence[Cell]], title: str, *, side: int = 192) -> Imag
 
 
 def _scaled(picture: Image.Image, side: int) -> Image.Image:
-    """So high; doubled pixels stay pixels' neighbours, nothing is sharpened."""
     width = round(picture.width * side / picture.height)
     return picture.convert("RGB").resize((width, side), Image.Resampling.BICUBIC)
 
@@ -112,7 +112,7 @@ def inpainting(draw: Draw) -> Image.Image:
 
 
 def placed(draw: Draw) -> Image.Image:
-    """Random layouts, four of each kind, and what one prompt without regions draws."""
+    """The first random layouts of each kind."""
     kinds: dict[str, list[Layout]] = {}
     for layout in layouts(load_objects(), 15):
         kinds.setdefault(layout.name, []).append(layout)
@@ -179,9 +179,11 @@ GRIDS: dict[str, Callable[[Draw], Image.Image]] = {
 
 
 def save(sheet: Image.Image, file: Path) -> None:
-    """As PNG of 256 colours: a third of the size, and no difference that is seen."""
+    """As PNG; of 256 colours where it would be larger than LARGEST."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
+    sheet.save(file, optimize=True)
+    if file.stat().st_size > LARGEST:
+        sheet.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(file, optimize=True)
 
 
 def main() -> None:
