@@ -1,7 +1,7 @@
 """Draw the grids of docs/gallery with the built-in model: `python -m recipes.gallery [NAME ...]`.
 
-NAME is inpainting, regions, high-res, image-to-image or panorama; all of them where none is given. Nothing is selected:
-what is shown comes first from the lists below, with the seeds that stand there.
+NAME is inpainting, regions, high-res, image-to-image or panorama; all of them where none is given. The regions are
+the first random layouts, none left out; the other grids show prompts that were chosen for what this model draws well.
 """
 
 from __future__ import annotations
