@@ -24,6 +24,7 @@ from torch import Tensor
 from calotype.checkpoint.files import Weights
 from calotype.control.annotators import annotate
 from calotype.control.hints import Hint, kind_of
+from calotype.control.image_prompts import ImageReader, read_pictures
 from calotype.errors import NonFiniteImage, OutOfMemory, RequestError, UnexpectedKeys
 from calotype.families.adapters import misfit
 from calotype.families.model import FamilyModel
@@ -88,6 +89,7 @@ def stream(
     cache: PromptCache[C] | None = None,
     batched_guidance: bool = True,
     networks: Sequence[ControlNet] = (),
+    readers: Sequence[ImageReader] = (),
 ) -> Events:
     """Draw `request.count` pictures, one after another: for each the steps of all stages, then a Picture.
 
@@ -95,7 +97,8 @@ def stream(
 
     Picture k depends on seed + k alone, not on how many are asked for: its noise comes from a generator of its own,
     on the CPU in float32, and it is computed by itself. `cache` remembers what prompts became. `batched_guidance` runs
-    both sides of classifier-free guidance in one pass instead of two. `networks` are those of the request's controls.
+    both sides of classifier-free guidance in one pass instead of two. `networks` are those of the request's controls,
+    `readers` those of its image prompts.
 
     Raises RequestError before any work, NonFiniteImage instead of a black picture, OutOfMemory on the last rung.
     """
@@ -106,6 +109,7 @@ def stream(
         mask=None if request.mask_image is None else mask_picture(request.mask_image),
         region_masks=[mask_picture(region.mask, f"regions[{k}].mask") for k, region in enumerate(request.regions)],
         control_images=[input_picture(control.image) for control in request.controls],
+        prompt_images=[input_picture(each.image, "image_prompts.image") for each in request.image_prompts],
     )
     job = replace(job, control_images=_annotated(job))
     assert len(networks) == len(job.controls)
@@ -118,7 +122,7 @@ def stream(
         try:
             if model.adapters is not None:
                 model.adapters.apply()
-            with closing(_pictures(model, job, cache, networks, batched_guidance, first=done)) as events:
+            with closing(_pictures(model, job, cache, networks, readers, batched_guidance, first=done)) as events:
                 for event in events:
                     yield event
                     done += isinstance(event, Picture)
@@ -157,12 +161,13 @@ def _pictures(
     job: Job,
     cache: PromptCache[C],
     networks: Sequence[ControlNet],
+    readers: Sequence[ImageReader],
     batched_guidance: bool,
     *,
     first: int,
 ) -> Events:
     """The pictures of a job from number `first` on."""
-    stages = _read(model, _stages(model, job), cache)
+    stages = _shown(model, job, _read(model, _stages(model, job), cache), readers)
     input_latents = None if job.input_image is None else _encoded(model, job.input_image)
     denoisers: dict[int, Denoise] = {}
     for k in range(first, job.count):
@@ -294,6 +299,24 @@ def _read(
             made.append(_Part(box, job, known[positive], without, tuple(known[region] for region in regions)))
         read.append(_Stage(stage, tuple(made)))
     return tuple(read)
+
+
+def _shown(
+    model: FamilyModel[C], job: Job, stages: tuple[_Stage[C], ...], readers: Sequence[ImageReader]
+) -> tuple[_Stage[C], ...]:
+    """All conditioning with the job's image prompts, which its networks read here, once."""
+    positive, negative = read_pictures(job, readers, model.memory)
+    if not positive:
+        return stages
+
+    def shown(part: _Part[C]) -> _Part[C]:
+        return part._replace(
+            positive=model.with_pictures(part.positive, positive),
+            negative=None if part.negative is None else model.with_pictures(part.negative, negative),
+            regions=tuple(model.with_pictures(region, positive) for region in part.regions),
+        )
+
+    return tuple(stage._replace(parts=tuple(shown(part) for part in stage.parts)) for stage in stages)
 
 
 class PromptCache(Generic[C]):
@@ -488,8 +511,9 @@ class Model(Generic[C]):
         left_out: Mapping[str, str] | None = None,
         prompts: PromptCache[C] | None = None,
         controls: Callable[[str], ControlNet] | None = None,
+        readers: Callable[[str, str | None], ImageReader] | None = None,
     ) -> None:
-        """`controls` loads ControlNets for this model.
+        """`controls` loads ControlNets for this model, `readers` IP-Adapters, each with its encoder.
 
         `prompts` may be shared between models: each finds its own by `family.content`.
         """
@@ -499,6 +523,7 @@ class Model(Generic[C]):
         self.prompts = PromptCache[C]() if prompts is None else prompts
         self._controls = controls
         self._loaded: dict[str, ControlNet] = {}
+        self._readers = readers
 
     @property
     def name(self) -> str:
@@ -553,10 +578,23 @@ class Model(Generic[C]):
             self._loaded[name] = self._controls(name)
         return self._loaded[name]
 
+    def load_image_prompt(
+        self, source: str | os.PathLike[str], encoder: str | os.PathLike[str] | None = None
+    ) -> ImageReader:
+        """The IP-Adapter in a file (or org/name/path of one on the hub) with its image encoder, loaded once.
+
+        Raises a LoadError: WrongShape, which names the families that it fits, where this model's is not among them;
+        MissingPart where the encoder is neither given nor beside it.
+        """
+        if self._readers is None:
+            raise RequestError("image_prompts", os.fspath(source), f"none: they do not run with {self.name} yet")
+        return self._readers(os.fspath(source), None if encoder is None else os.fspath(encoder))
+
     def stream(self, request: Request) -> Events:
         """Progress and pictures as they come; close the iterator to stop early."""
         networks = [self.load_control(control.model) for control in request.controls]
-        return stream(self.family, request, cache=self.prompts, networks=networks)
+        readers = [self.load_image_prompt(each.model, each.encoder) for each in request.image_prompts]
+        return stream(self.family, request, cache=self.prompts, networks=networks, readers=readers)
 
     def generate(self, prompt: str | Request, **fields: object) -> Image.Image | list[Image.Image]:
         """Draw a prompt: one picture, or a list when `count` is more than 1.

@@ -103,6 +103,16 @@ def generate(
             "others.",
         ),
     ] = None,
+    image_prompts: Annotated[
+        list[str] | None,
+        _named(
+            "--image-prompt",
+            "Picture",
+            "MODEL[,ENCODER]:IMAGE[@SCALE]",
+            "Draw what IMAGE shows, through the IP-Adapter in MODEL; repeat it for others. ENCODER if not given: "
+            "image_encoder/ beside it.",
+        ),
+    ] = None,
     high_res: Annotated[
         list[str] | None,
         _named(
@@ -205,6 +215,8 @@ def generate(
             find(lora.file)
     for control in request.controls:
         input_picture(control.image)
+    for each in request.image_prompts:
+        input_picture(each.image, "image_prompts.image")
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
@@ -321,6 +333,21 @@ def _controls(texts: list[str]) -> list[dict[str, Any]]:
     return made
 
 
+def _image_prompts(texts: list[str]) -> list[dict[str, Any]]:
+    """MODEL[,ENCODER]:IMAGE[@SCALE], each; parted as in `_controls`."""
+    made: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        found = re.fullmatch(r"(.+):((?:[A-Za-z]:(?=[\\/]))?[^:]+?)(?:@(\d+(?:\.\d+)?))?", text)
+        if found is None:
+            allowed = "MODEL[,ENCODER]:IMAGE[@SCALE], as ip-adapter_sd15.safetensors:photo.png@0.6"
+            raise RequestError(f"image_prompts[{number}]", text, allowed)
+        model, comma, encoder = (found[1], "", "") if Path(found[1]).exists() else found[1].rpartition(",")
+        values: dict[str, Any] = {"model": model, "encoder": encoder} if comma else {"model": found[1]}
+        values["image"] = found[2]
+        made.append(values if found[3] is None else {**values, "scale": float(found[3])})
+    return made
+
+
 def _high_res(texts: list[str]) -> list[dict[str, Any]]:
     """WxH[@STRENGTH[@STEPS[@UPSCALER]]], each."""
     made: list[dict[str, Any]] = []
@@ -368,6 +395,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "loras": _loras,
     "regions": _regions,
     "controls": _controls,
+    "image_prompts": _image_prompts,
     "high_res": _high_res,
 }
 

@@ -14,6 +14,7 @@ from calotype.control.hints import Hint
 from calotype.errors import RequestError
 from calotype.lora.attach import Adapters
 from calotype.memory.ladder import Memory
+from calotype.nn.unet import KeysAndValues
 from calotype.request import Defaults, Job
 from calotype.sampling.guidance import Both, Prediction
 from calotype.sampling.levels import Level, Levels
@@ -74,6 +75,13 @@ class FamilyModel(ABC, Generic[C]):
     @abstractmethod
     def both(self, positive: C, negative: C, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()) -> Both:
         """As `denoiser`, for both sides of classifier-free guidance in one pass through the network."""
+
+    def with_pictures(self, conditioning: C, pictures: Sequence[KeysAndValues]) -> C:
+        """Conditioning with image prompts: of each, what each cross-attention reads of it.
+
+        RequestError where the family, or its backend, has none that run.
+        """
+        raise RequestError("image_prompts", f"{len(pictures)} of them", f"none: they do not run with {self.family} yet")
 
     def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
         """What a model that inpaints takes beside the noisy latents, on their grid: b c h w.

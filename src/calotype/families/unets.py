@@ -20,8 +20,9 @@ from calotype.families.diffusion import DiffusionSettings
 from calotype.families.model import FamilyModel, masked
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.controlnet import ControlNet, ControlNetConfig
+from calotype.nn.image_adapter import ImageAdapterConfig, Places
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
-from calotype.nn.unet import UNet, UNetConfig
+from calotype.nn.unet import KeysAndValues, UNet, UNetConfig
 from calotype.request import Defaults, Job
 from calotype.sampling.guidance import Both
 from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
@@ -33,6 +34,7 @@ Vae = Autoencoder | TinyAutoencoder | OpenVinoAutoencoder
 class UNetConditioning(NamedTuple):
     text: Tensor  # b n d, what cross-attention reads
     vector: Tensor | None  # b d, pooled text and sizes; None for a UNet without that input
+    pictures: tuple[KeysAndValues, ...] = ()  # of each image prompt, what each cross-attention reads of it
 
 
 class UNetModel(FamilyModel[UNetConditioning]):
@@ -96,7 +98,7 @@ class UNetModel(FamilyModel[UNetConditioning]):
     def denoiser(
         self, conditioning: UNetConditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
     ) -> Denoise:
-        return self._estimates([conditioning.text], conditioning.vector, levels, hints)
+        return self._estimates([conditioning.text], conditioning.vector, levels, hints, conditioning.pictures)
 
     def both(
         self,
@@ -113,7 +115,8 @@ class UNetModel(FamilyModel[UNetConditioning]):
         vector = None
         if positive.vector is not None and negative.vector is not None:
             vector = torch.cat([positive.vector, negative.vector])
-        denoise = self._estimates(texts, vector, levels, hints)
+        pictures = [_stacked(*pair) for pair in zip(positive.pictures, negative.pictures, strict=True)]
+        denoise = self._estimates(texts, vector, levels, hints, pictures)
 
         def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
             with_, without = denoise(x, level).chunk(2)
@@ -121,8 +124,18 @@ class UNetModel(FamilyModel[UNetConditioning]):
 
         return both
 
+    def with_pictures(self, conditioning: UNetConditioning, pictures: Sequence[KeysAndValues]) -> UNetConditioning:
+        if not isinstance(self.unet, UNet):
+            raise RequestError("image_prompts", f"{len(pictures)} of them", "none with the backend openvino: use torch")
+        return conditioning._replace(pictures=tuple(pictures))
+
     def _estimates(
-        self, texts: Sequence[Tensor], vector: Tensor | None, levels: Sequence[Level], hints: Sequence[Hint]
+        self,
+        texts: Sequence[Tensor],
+        vector: Tensor | None,
+        levels: Sequence[Level],
+        hints: Sequence[Hint],
+        pictures: Sequence[KeysAndValues],
     ) -> Denoise:
         """One row of x -> an estimate for each row of text."""
         number = {level: i for i, level in enumerate(levels)}
@@ -130,10 +143,11 @@ class UNetModel(FamilyModel[UNetConditioning]):
         prepared = self.unet.prepare(texts, vector, times)
         estimate = ESTIMATES[self.diffusion.prediction]
         additions = self._additions(texts, vector, times, hints)
+        shown = {"pictures": _by_attention(pictures, prepared.text)} if pictures else {}
 
         def denoise(x: Tensor, level: Level) -> Tensor:
             step = number[level]
-            predicted: Tensor = self.unet(x, *prepared.at(step), *additions(x, step))
+            predicted: Tensor = self.unet(x, *prepared.at(step), *additions(x, step), **shown)
             return estimate(x[:, : predicted.shape[1]], predicted.float(), level)
 
         return denoise
@@ -189,6 +203,19 @@ class UNetModel(FamilyModel[UNetConditioning]):
         return preview_projection(self._previewed)
 
 
+def _stacked(first: KeysAndValues, second: KeysAndValues) -> KeysAndValues:
+    """What each cross-attention reads of a picture, in the rows of both sides of guidance."""
+    pairs = zip(first, second, strict=True)
+    return tuple((torch.cat([one[0], other[0]]), torch.cat([one[1], other[1]])) for one, other in pairs)
+
+
+def _by_attention(pictures: Sequence[KeysAndValues], text: Sequence[KeysAndValues]) -> tuple[KeysAndValues, ...]:
+    """For each cross-attention what it reads of all pictures, in the type that it reads text in."""
+    dtypes = [groups[0][0].dtype for groups in text]
+    reads = zip(dtypes, *pictures, strict=True)
+    return tuple(tuple((k.to(dtype), v.to(dtype)) for k, v in pairs) for dtype, *pairs in reads)
+
+
 # From what the network predicts to the clean latents, x = alpha clean + sigma noise, v = alpha noise - sigma clean.
 ESTIMATES: dict[str, Callable[[Tensor, Tensor, Level], Tensor]] = {
     "noise": lambda x, noise, level: (x - level.sigma * noise) / level.alpha,
@@ -221,6 +248,19 @@ def control_misfit(network: ControlNetConfig, config: UNetConfig) -> str | None:
         if has != wants:
             return f"{what} {has}, where the UNet has {wants}"
     return None
+
+
+def adapter_misfit(adapter: ImageAdapterConfig, config: UNetConfig) -> str | None:
+    """Why an IP-Adapter does not go with a UNet; None where it does."""
+    widths = Places.of(config).widths
+    for what, has, wants in (
+        ("tokens of width", adapter.text_width, config.text_width),
+        ("cross-attentions:", len(adapter.widths), len(widths)),
+        ("cross-attentions of widths", sorted(set(adapter.widths)), sorted(set(widths))),
+    ):
+        if has != wants:
+            return f"{what} {has}, where the UNet has {wants}"
+    return None if adapter.widths == widths else "its cross-attentions follow one another in another order"
 
 
 def beside_the_noise(title: str, config: UNetConfig) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from calotype.checkpoint.controlnets import CONTROLNET
 from calotype.checkpoint.detect import detect
@@ -14,10 +13,8 @@ from calotype.families import FAMILIES
 from calotype.families.family import Family
 from calotype.families.unets import UNetModel, control_misfit
 from calotype.generate import FamilyModel
+from calotype.loading.attached import attached
 from calotype.loading.gather import locate
-from calotype.loading.storage import stored_dtype
-from calotype.memory.layers import Maker
-from calotype.memory.pages import Mapping as MappedFile
 from calotype.nn.controlnet import ControlNet, ControlNetConfig
 from calotype.nn.unet import UNet, UNetConfig
 
@@ -38,29 +35,8 @@ def load_control(source: str, model: FamilyModel[object], dtype: torch.dtype | N
     if misfit is not None:
         fits = " and ".join(family.title for family in FAMILIES if _fits(config, family)) or "no family here"
         raise WrongShape(f"{source}: a ControlNet for {fits}: {misfit}; give one that was trained for {model.family}")
-    network, binding = found.bind(config)
+    network = attached(found, config, model, dtype)
     assert isinstance(network, ControlNet)
-    dtype = dtype or stored_dtype(found.weights)
-    network.to(dtype)
-    makers: dict[str, Maker] = {}
-    files: tuple[MappedFile, ...] = ()
-    resident = model.memory.rung == "resident"
-    if resident:
-        network.load_state_dict(binding.load(found.weights, dtype, mapped=False), assign=True)
-    else:
-        views: dict[str, Tensor] = {}
-        for name, value in binding.places(found.weights, dtype):
-            if isinstance(value, Tensor):
-                views[name] = value
-            else:
-                makers[name] = value
-        network.load_state_dict(views, strict=False, assign=True)
-        mappings = dict.fromkeys(entry.file for entry in found.weights.values())
-        files = tuple(MappedFile.of(file.mapping) for file in mappings)
-    network.requires_grad_(False).eval()
-    if resident:
-        network.to(model.device)
-    model.memory.add(network, makers, files)
     return network
 
 

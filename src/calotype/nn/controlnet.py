@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from calotype.nn.conv import Conv2d
 from calotype.nn.embeddings import Embedder, sinusoid
 from calotype.nn.linear import Linear
-from calotype.nn.unet import Descent, KeysAndValues, Prepared, UNetConfig
+from calotype.nn.unet import Descent, KeysAndValues, Prepared, Read, UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,5 +143,5 @@ class ControlNet(Descent):
     def forward(self, x: Tensor, shifts: Sequence[Tensor], text: Sequence[KeysAndValues], hint: Tensor) -> list[Tensor]:
         """x (b channels h w) with `shifts` and `text` of `Prepared.at`, `hint` of `embed` -> additions."""
         x = self.conv_in(x.to(self.conv_in.dtype))
-        made = self.descend(x + hint, iter(shifts), iter(text))
+        made = self.descend(x + hint, iter(shifts), map(Read, text))
         return [tap(each) for tap, each in zip(self.taps, made, strict=True)]

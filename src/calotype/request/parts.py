@@ -1,4 +1,4 @@
-"""What a request is made of beside single values: regions, passes at higher resolutions.
+"""What a request is made of beside single values: regions, controls, image prompts, passes at higher resolutions.
 
 Each part checks itself when built, and goes to and from plain values as the request does.
 """
@@ -163,3 +163,31 @@ class Control(Part):
         real("end", self.end, 0, 1)
         if self.start >= self.end:
             raise RequestError("end", self.end, f"more than start, {self.start}: it would never lead")
+
+
+@dataclass(frozen=True)
+class ImagePrompt(Part):
+    """A picture that says what to draw, as a prompt does: its subject, its style.
+
+    model    the IP-Adapter: a file, or org/name/path of a file on the hub
+    image    the picture, or its path; its middle square is what is seen
+    scale    how much it counts
+    encoder  the image encoder that goes with it, a folder or a file; None: image_encoder/ beside the adapter
+    """
+
+    model: str | os.PathLike[str]
+    image: PictureSource
+    scale: float = 1.0
+    encoder: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("model", "encoder"):
+            value = getattr(self, field)
+            if value is None and field == "encoder":
+                continue
+            if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):  # pyright: ignore[reportUnknownArgumentType]
+                raise RequestError(field, value, "the path of a file")
+            object.__setattr__(self, field, os.fspath(value))  # pyright: ignore[reportUnknownArgumentType]
+            text(field, getattr(self, field))
+        picture("image", self.image)
+        real("scale", self.scale, 0, 10)

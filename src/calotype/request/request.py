@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calotype.errors import RequestError
 from calotype.request.checks import MAX_COUNT, MAX_SEED, MAX_SIDE, MAX_STEPS, flag, picture, real, text, whole
-from calotype.request.parts import Control, HighRes, Lora, Part, Region, parts_of
+from calotype.request.parts import Control, HighRes, ImagePrompt, Lora, Part, Region, parts_of
 from calotype.request.pictures import (
     Extension,
     extended,
@@ -81,7 +81,8 @@ class Job:
     What a model has no use for stays None: `embedded_guidance`, `shift` (also where the schedule derives it from the
     size, as FLUX.1 dev does), `text_tokens`, `clip_skip`, the sizes that SDXL is told. `input_image` is an RGB picture
     of the job's own size, `input_name` the path that it came from, or its fingerprint; `mask_image` and `region_masks`
-    are grey pictures of that size, white where something is to be drawn; `control_images` RGB pictures of that size.
+    are grey pictures of that size, white where something is to be drawn; `control_images` RGB pictures of that size;
+    `prompt_images` those of image prompts, as they are.
     """
 
     prompt: str
@@ -112,6 +113,8 @@ class Job:
     region_masks: tuple[Image.Image, ...] = ()
     controls: tuple[Control, ...] = ()
     control_images: tuple[Image.Image, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
+    prompt_images: tuple[Image.Image, ...] = ()
     high_res: tuple[HighRes, ...] = ()
     tiled: bool = False
     tile_size: int | None = None
@@ -168,7 +171,7 @@ class Job:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["input_image"] = values.pop("input_name")
         values["mask_image"] = values.pop("mask_name")
-        del values["region_masks"], values["control_images"]
+        del values["region_masks"], values["control_images"], values["prompt_images"]
         return plain(values)
 
 
@@ -202,6 +205,7 @@ class Request:
     loras              LoRAs (LoCon, DoRA, LoHa, LoKr) to draw with, each with its scale; together they add up
     regions            prompts for places in the picture
     controls           pictures that lead ControlNets
+    image_prompts      pictures that say what to draw, through IP-Adapters
     high_res           passes over the finished picture at higher resolutions, one after another
     tiled              the network sees the picture in overlapping tiles: for sizes that it was not trained for
     tile_size, tile_stride
@@ -236,6 +240,7 @@ class Request:
     loras: tuple[Lora, ...] = ()
     regions: tuple[Region, ...] = ()
     controls: tuple[Control, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
     high_res: tuple[HighRes, ...] = ()
     tiled: bool = False
     tile_size: int | None = None
@@ -286,6 +291,7 @@ class Request:
         object.__setattr__(self, "loras", parts_of(Lora, "loras", self.loras))
         object.__setattr__(self, "regions", parts_of(Region, "regions", self.regions))
         object.__setattr__(self, "controls", parts_of(Control, "controls", self.controls))
+        object.__setattr__(self, "image_prompts", parts_of(ImagePrompt, "image_prompts", self.image_prompts))
         object.__setattr__(self, "high_res", parts_of(HighRes, "high_res", self.high_res))
         if self.extend is not None:
             object.__setattr__(self, "extend", extension("extend", self.extend))
@@ -339,17 +345,19 @@ class Request:
         mask: Image.Image | None = None,
         region_masks: Sequence[Image.Image] = (),
         control_images: Sequence[Image.Image] = (),
+        prompt_images: Sequence[Image.Image] = (),
     ) -> Job:
         """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
 
-        `picture`, `mask`, `region_masks` and `control_images` are those of the request, opened. Raises RequestError for
-        sizes off the grid, samplers or schedules that the family's process does not have, and values for what the
-        model has no use for.
+        `picture`, `mask`, `region_masks`, `control_images` and `prompt_images` are those of the request, opened. Raises
+        RequestError for sizes off the grid, samplers or schedules that the family's process does not have, and values
+        for what the model has no use for.
         """
         assert (picture is None) == (self.input_image is None)
         assert (mask is None) == (self.mask_image is None)
         assert len(region_masks) == len(self.regions)
         assert len(control_images) == len(self.controls)
+        assert len(prompt_images) == len(self.image_prompts)
         usual = Size(defaults.width, defaults.height)
         if picture is not None and self.extend is not None:
             usual = self._extended(picture, defaults)
@@ -417,6 +425,8 @@ class Request:
             region_masks=tuple(resized(each, Size(width, height)) for each in region_masks),
             controls=self.controls,
             control_images=tuple(resized(each.convert("RGB"), Size(width, height)) for each in control_images),
+            image_prompts=self.image_prompts,
+            prompt_images=tuple(prompt_images),
             high_res=self.high_res,
             tiled=self.tiled,
             tile_size=None if tiles is None else tiles[0],
@@ -465,6 +475,7 @@ _SILENT: dict[str, Any] = {
     "loras": (),
     "regions": (),
     "controls": (),
+    "image_prompts": (),
     "high_res": (),
     "tiled": False,
     "tile_size": None,
