@@ -109,7 +109,9 @@ def stream(
         mask=None if request.mask_image is None else mask_picture(request.mask_image),
         region_masks=[mask_picture(region.mask, f"regions[{k}].mask") for k, region in enumerate(request.regions)],
         control_images=[input_picture(control.image) for control in request.controls],
-        prompt_images=[input_picture(each.image, "image_prompts.image") for each in request.image_prompts],
+        prompt_images=[
+            input_picture(p.image, f"image_prompts[{k}].image") for k, p in enumerate(request.image_prompts)
+        ],
     )
     job = replace(job, control_images=_annotated(job))
     assert len(networks) == len(job.controls)

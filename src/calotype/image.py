@@ -106,7 +106,8 @@ def input_picture(given: str | os.PathLike[str] | Image.Image, field: str = "inp
 
 def _opened(given: str | os.PathLike[str] | Image.Image, field: str) -> Image.Image:
     if isinstance(given, str) and given.startswith(FINGERPRINT):
-        option = f"--{field.split('[')[0].replace('_', '-')} FILE"
+        part, several, _ = field.partition("[")
+        option = f"--{part.removesuffix('s') if several else part} FILE".replace("_", "-")
         raise RequestError(field, given, f"the picture itself ({option}): this is only the mark by which it is known")
     picture = given if isinstance(given, Image.Image) else open_picture(Path(given), field)
     return ImageOps.exif_transpose(picture)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionControlNetPipeline
 from PIL import Image
+from test_controlnets import controlnet
+from test_kolors import tokenizer  # noqa: F401  a fixture
 from test_unets import NEGATIVE, PROMPT, SIZE, assert_near, assert_same
 from tiny_image_prompts import SIDE, adapter, encoder
-from tiny_unets import sd1, sdxl
+from tiny_unets import kolors, sd1, sdxl
 from transformers import CLIPImageProcessor
 
 import calotype
@@ -18,7 +22,7 @@ from calotype.checkpoint.image_prompts import VISION, found_in
 from calotype.checkpoint.sources import open_source
 from calotype.control.image_prompts import pixels
 from calotype.nn.vision import VisionEncoder
-from calotype.request import ImagePrompt
+from calotype.request import Control, HighRes, ImagePrompt, Region
 
 
 def picture(seed: int, width: int = 40, height: int = 31) -> Image.Image:
@@ -87,6 +91,84 @@ def test_two_at_once_and_one_pass(tmp_path: Path) -> None:
     pipeline.unload_ip_adapter()
     reference = theirs(pipeline, [base], [picture(1)], [0.7], guidance_scale=1.0)
     assert_same(ours(tmp_path / "model", prompts[:1], cfg_scale=1.0), reference)
+
+
+def test_kolors(tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Whose text goes through a projection, and the picture's tokens do not."""
+    pipeline = kolors(tmp_path / "model", tokenizer)
+    file = adapter(tmp_path / "ip_adapter_plus_general.bin", pipeline.unet, kind="plus")
+    encoder(tmp_path / "image_encoder", hidden_act="quick_gelu")
+    reference = theirs(pipeline, [file], [picture(1)], [0.7])
+    assert_same(ours(tmp_path / "model", [ImagePrompt(file, picture(1), scale=0.7)]), reference)
+
+
+def test_with_all_that_a_request_may_have(tmp_path: Path) -> None:
+    """A region that is everywhere, with the same words, and tiles as large as the picture change nothing."""
+    pipeline = sd1(tmp_path / "model")
+    prompt = ImagePrompt(adapter(tmp_path / "ip.bin", pipeline.unet, kind="base"), picture(1), scale=0.7)
+    encoder(tmp_path / "image_encoder")
+    plain = ours(tmp_path / "model", [prompt])
+    everywhere = Region(prompt=PROMPT, mask=Image.new("L", (8, 8), 255), scale=2.0)
+    assert_same(ours(tmp_path / "model", [prompt], regions=[everywhere]), plain)
+    assert_same(ours(tmp_path / "model", [prompt], tiled=True, tile_size=96), plain)
+    controlnet(tmp_path / "control", sdxl=False)
+    more: dict[str, Any] = {
+        "tiled": True,
+        "tile_size": 64,
+        "tile_stride": 64,
+        "regions": [everywhere],
+        "high_res": [HighRes(width=128, height=64, steps=1)],
+        "steps": 1,
+        "controls": [Control(kind="none", model=str(tmp_path / "control"), image=picture(2))],
+    }
+    assert ours(tmp_path / "model", [prompt], **more).tobytes() != ours(tmp_path / "model", [], **more).tobytes()
+
+
+def test_with_a_controlnet(tmp_path: Path) -> None:
+    """Which reads text alone, as diffusers has it."""
+    parts = sd1(tmp_path / "model").components
+    net = controlnet(tmp_path / "control", sdxl=False)
+    pipeline = StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
+    file = adapter(tmp_path / "ip.bin", pipeline.unet, kind="base")
+    encoder(tmp_path / "image_encoder")
+    hint = picture(2, SIZE["width"], SIZE["height"])
+    reference = theirs(pipeline, [file], [picture(1)], [0.7], image=hint, controlnet_conditioning_scale=0.6)
+    control = Control(kind="none", model=str(tmp_path / "control"), image=hint, scale=0.6)
+    assert_same(ours(tmp_path / "model", [ImagePrompt(file, picture(1), 0.7)], controls=[control]), reference)
+
+
+def test_what_was_drawn_can_be_drawn_again(tmp_path: Path) -> None:
+    pipeline = sd1(tmp_path / "model")
+    file = adapter(tmp_path / "ip.bin", pipeline.unet, kind="base")
+    encoder(tmp_path / "elsewhere")
+    picture(1).save(tmp_path / "shown.png")
+    model = calotype.load(tmp_path / "model", device="cpu")
+    prompt = ImagePrompt(file, tmp_path / "shown.png", 0.5, encoder=tmp_path / "elsewhere")
+    drawn = model.generate(PROMPT, seed=5, steps=2, **SIZE, image_prompts=[prompt])
+    assert isinstance(drawn, Image.Image)
+    calotype.save(drawn, tmp_path / "drawn.png")
+    request, _ = calotype.read_metadata(tmp_path / "drawn.png")
+    assert request.image_prompts == (replace(prompt, image=str(tmp_path / "shown.png")),)
+    again = model.generate(request)
+    assert isinstance(again, Image.Image)
+    assert again.tobytes() == drawn.tobytes()
+
+
+def test_the_networks_run_once_for_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of steps, passes, tiles and pictures; and one encoder serves two adapters."""
+    pipeline = sd1(tmp_path / "model")
+    encoder(tmp_path / "image_encoder")
+    files = [adapter(tmp_path / f"{kind}.bin", pipeline.unet, kind=kind) for kind in ("base", "plus")]
+    seen: list[object] = []
+    forward = VisionEncoder.forward
+    monkeypatch.setattr(VisionEncoder, "forward", lambda net, x: (seen.append(net), forward(net, x))[1])
+    model = calotype.load(tmp_path / "model", device="cpu")
+    prompts = [ImagePrompt(file, picture(1)) for file in files]
+    fields = {"tiled": True, "tile_size": 64, "tile_stride": 64, "high_res": [HighRes(width=128, height=64)]}
+    for seed in (1, 2):
+        model.generate(PROMPT, seed=seed, count=2, steps=1, width=64, height=64, image_prompts=prompts, **fields)
+    assert len(seen) == 2
+    assert len(set(seen)) == 1
 
 
 @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])

@@ -137,6 +137,7 @@ VISION_RULES = {
     "vision_model.post_layernorm.*": "norm_out.*",
     "visual_projection.*": "projection.*",
 }
+POSITIONS = "vision_model.embeddings.position_ids"
 HEADS = {768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}  # of the published encoders, by width
 OPENAI = (768, 1024)  # widths of OpenAI's own, whose activation is another
 
@@ -176,7 +177,7 @@ def _vision_table(config: VisionConfig) -> Table:
         "image_encoder/transformers",
         tuple(Same(theirs, ours) for theirs, ours in VISION_RULES.items()),
         (
-            Extra("vision_model.embeddings.position_ids", (1, config.tokens)),
+            Extra(POSITIONS, (1, config.tokens)),
             Extra("logit_scale"),
             Extra("text_model.*"),
             Extra("text_projection.weight"),

@@ -215,15 +215,15 @@ def generate(
             find(lora.file)
     for control in request.controls:
         input_picture(control.image)
-    for each in request.image_prompts:
-        input_picture(each.image, "image_prompts.image")
+    for number, shown in enumerate(request.image_prompts):
+        input_picture(shown.image, f"image_prompts[{number}].image")
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
 
-    from calotype.cli.progress import progress as shown
+    from calotype.cli.progress import progress as bar
 
-    show = shown(progress)
+    show = bar(progress)
     # The hub shows a progress of its own.
     with show.waiting(f"loading {', '.join(sources) or 'the built-in model'}") if _local(sources) else nullcontext():
         from calotype.loading import load

@@ -68,6 +68,14 @@ class ImageAdapterConfig:
         return own == self.seen_width
 
 
+BASE = ProjectionConfig(tokens=4)  # as published
+
+
+def perceiver(width: int) -> ResamplerConfig:
+    """The resampler of the published "plus" adapters, in one of two widths."""
+    return ResamplerConfig(tokens=16, width=width, layers=4, heads=width // 64, head_width=64, mlp_width=4 * width)
+
+
 class Projection(nn.Module):
     """The embedding of a picture (b d) -> tokens (b n text_width)."""
 

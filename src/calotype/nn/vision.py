@@ -38,6 +38,28 @@ class VisionConfig:
         return 1 + (self.side // self.patch) ** 2
 
 
+VIT_H = VisionConfig(
+    width=1280,
+    layers=32,
+    heads=16,
+    mlp_width=5120,
+    patch=14,
+    side=224,
+    quick_gelu=False,
+    projection=1024,
+)
+BIG_G = VisionConfig(
+    width=1664,
+    layers=48,
+    heads=16,
+    mlp_width=8192,
+    patch=14,
+    side=224,
+    quick_gelu=False,
+    projection=1280,
+)
+
+
 class VisionStates(NamedTuple):
     """What image prompts take from CLIP."""
 

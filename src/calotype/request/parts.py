@@ -27,9 +27,8 @@ class Part:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those left open; a picture is named by its path or its fingerprint."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
-        return {
-            name: name_of(value) if is_picture(value) else value for name, value in values.items() if value is not None
-        }
+        named = {name for name, value in values.items() if isinstance(value, os.PathLike) or is_picture(value)}
+        return {name: name_of(value) if name in named else value for name, value in values.items() if value is not None}
 
 
 P = TypeVar("P", bound=Part)
