@@ -108,9 +108,9 @@ def generate(
         _named(
             "--image-prompt",
             "Picture",
-            "MODEL[,ENCODER]:IMAGE[@SCALE]",
-            "Draw what IMAGE shows, through the IP-Adapter in MODEL; repeat it for others. ENCODER if not given: "
-            "image_encoder/ beside it.",
+            "MODEL:IMAGE[@SCALE]",
+            "Draw what IMAGE shows, through the IP-Adapter in MODEL; repeat it for others. MODEL,ENCODER where its "
+            "image_encoder/ is not beside it.",
         ),
     ] = None,
     high_res: Annotated[
