@@ -93,7 +93,7 @@ def mask_tensor(mask: Image.Image, height: int, width: int) -> Tensor:
 
 
 def input_picture(given: str | os.PathLike[str] | Image.Image, field: str = "input_image") -> Image.Image:
-    """A picture to start from, or another: opened if it is a path, turned as its camera was held, on white where clear.
+    """A picture to start from: opened if it is a path, turned as its camera was held, on white where it is clear.
 
     Raises RequestError naming what cannot be read.
     """
@@ -104,10 +104,13 @@ def input_picture(given: str | os.PathLike[str] | Image.Image, field: str = "inp
     return picture.convert("RGB")
 
 
+OPTIONS = {"regions": "region", "controls": "control", "image_prompts": "image-prompt"}  # called otherwise than fields
+
+
 def _opened(given: str | os.PathLike[str] | Image.Image, field: str) -> Image.Image:
     if isinstance(given, str) and given.startswith(FINGERPRINT):
-        part, several, _ = field.partition("[")
-        option = f"--{part.removesuffix('s') if several else part} FILE".replace("_", "-")
+        part = field.split("[")[0]
+        option = f"--{OPTIONS.get(part, part)} FILE".replace("_", "-")
         raise RequestError(field, given, f"the picture itself ({option}): this is only the mark by which it is known")
     picture = given if isinstance(given, Image.Image) else open_picture(Path(given), field)
     return ImageOps.exif_transpose(picture)

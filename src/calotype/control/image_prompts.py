@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,20 +67,22 @@ class ImageReader:
             return self.places.in_forward_order(adapter(taken, self.places.heads))
 
 
-def read_pictures(
-    job: Job, readers: Sequence[ImageReader], memory: Memory
-) -> tuple[list[KeysAndValues], list[KeysAndValues]]:
+ImageReaders = Mapping[tuple[str, str | None], ImageReader]
+"""The readers of a job's image prompts, by their `networks`."""
+
+
+def read_pictures(job: Job, readers: ImageReaders, memory: Memory) -> tuple[list[KeysAndValues], list[KeysAndValues]]:
     """A job's image prompts, for either side of guidance; what counts for nothing is left out.
 
     The second is empty where the job has no negative side.
     """
     negative = job.cfg_scale != 1
     with_, without = list[KeysAndValues](), list[KeysAndValues]()
-    for prompt, picture, reader in zip(job.image_prompts, job.prompt_images, readers, strict=True):
+    for prompt, picture in zip(job.image_prompts, job.prompt_images, strict=True):
         if prompt.scale == 0:
             continue
         # Attention is linear in its values: scaled there, once a job, and not in every step.
-        read = [(k, prompt.scale * v) for k, v in reader.read(picture, memory, negative=negative)]
+        read = [(k, prompt.scale * v) for k, v in readers[prompt.networks].read(picture, memory, negative=negative)]
         with_.append(tuple((k[:1], v[:1]) for k, v in read))
         if negative:
             without.append(tuple((k[1:], v[1:]) for k, v in read))

@@ -16,7 +16,7 @@ from calotype.lora.attach import Adapters
 from calotype.memory.ladder import Memory
 from calotype.nn.unet import KeysAndValues
 from calotype.request import Defaults, Job
-from calotype.sampling.guidance import Both, Prediction
+from calotype.sampling.guidance import Prediction
 from calotype.sampling.levels import Level, Levels
 from calotype.sampling.samplers import Denoise, Noise
 
@@ -65,16 +65,20 @@ class FamilyModel(ABC, Generic[C]):
         """The latents that sampling begins with where there is no input image, float32."""
 
     @abstractmethod
-    def denoiser(self, conditioning: C, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()) -> Denoise:
+    def denoiser(
+        self, conditioning: C, levels: Sequence[Level], jobs: Sequence[Job], *, hints: Sequence[Hint] = ()
+    ) -> Denoise:
         """The estimate of clean latents, with all that does not depend on the noisy ones computed here, once.
 
-        `levels` are all those that will be asked for. What a model takes beside the latents follows them in x.
-        `hints` are what ControlNets are led by; RequestError where the family has none that run.
+        One row for each of `conditioning`: x has as many, or one for all of them. `jobs` are those of the rows, of one
+        size. `levels` are all those that will be asked for. What a model takes beside the latents follows them in x.
+        `hints` are what ControlNets are led by, with a row for all, or several, each for as many rows of x, in turns;
+        RequestError where the family has none that run.
         """
 
     @abstractmethod
-    def both(self, positive: C, negative: C, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()) -> Both:
-        """As `denoiser`, for both sides of classifier-free guidance in one pass through the network."""
+    def joined(self, conditionings: Sequence[C]) -> C | None:
+        """Several conditionings as one, row after row; None where they are too unlike for one pass."""
 
     def with_pictures(self, conditioning: C, pictures: Sequence[KeysAndValues]) -> C:
         """Conditioning with image prompts: of each, what each cross-attention reads of it.

@@ -24,7 +24,6 @@ from calotype.nn.image_adapter import ImageAdapterConfig, Places
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import KeysAndValues, UNet, UNetConfig
 from calotype.request import Defaults, Job
-from calotype.sampling.guidance import Both
 from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 
@@ -32,7 +31,9 @@ Vae = Autoencoder | TinyAutoencoder | OpenVinoAutoencoder
 
 
 class UNetConditioning(NamedTuple):
-    text: Tensor  # b n d, what cross-attention reads
+    texts: tuple[
+        Tensor, ...
+    ]  # b n d, what cross-attention reads, for each group of rows whose prompts are of one length
     vector: Tensor | None  # b d, pooled text and sizes; None for a UNet without that input
     pictures: tuple[KeysAndValues, ...] = ()  # of each image prompt, what each cross-attention reads of it
 
@@ -96,50 +97,16 @@ class UNetModel(FamilyModel[UNetConditioning]):
         return noise() if self.diffusion.unit_start else levels.path[0].sigma * noise()
 
     def denoiser(
-        self, conditioning: UNetConditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
-    ) -> Denoise:
-        return self._estimates([conditioning.text], conditioning.vector, levels, hints, conditioning.pictures)
-
-    def both(
         self,
-        positive: UNetConditioning,
-        negative: UNetConditioning,
+        conditioning: UNetConditioning,
         levels: Sequence[Level],
-        job: Job,
+        jobs: Sequence[Job],
         *,
         hints: Sequence[Hint] = (),
-    ) -> Both:
-        texts = [positive.text, negative.text]
-        if positive.text.shape == negative.text.shape:
-            texts = [torch.cat(texts)]
-        vector = None
-        if positive.vector is not None and negative.vector is not None:
-            vector = torch.cat([positive.vector, negative.vector])
-        pictures = [_stacked(*pair) for pair in zip(positive.pictures, negative.pictures, strict=True)]
-        denoise = self._estimates(texts, vector, levels, hints, pictures)
-
-        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            with_, without = denoise(x, level).chunk(2)
-            return with_, without
-
-        return both
-
-    def with_pictures(self, conditioning: UNetConditioning, pictures: Sequence[KeysAndValues]) -> UNetConditioning:
-        if not isinstance(self.unet, UNet):
-            raise RequestError("image_prompts", f"{len(pictures)} of them", "none with the backend openvino: use torch")
-        return conditioning._replace(pictures=tuple(pictures))
-
-    def _estimates(
-        self,
-        texts: Sequence[Tensor],
-        vector: Tensor | None,
-        levels: Sequence[Level],
-        hints: Sequence[Hint],
-        pictures: Sequence[KeysAndValues],
     ) -> Denoise:
-        """One row of x -> an estimate for each row of text."""
         number = {level: i for i, level in enumerate(levels)}
         times = torch.tensor([level.time for level in levels], device=self.device)
+        texts, vector, pictures = conditioning
         prepared = self.unet.prepare(texts, vector, times)
         estimate = ESTIMATES[self.diffusion.prediction]
         additions = self._additions(texts, vector, times, hints)
@@ -151,6 +118,22 @@ class UNetModel(FamilyModel[UNetConditioning]):
             return estimate(x[:, : predicted.shape[1]], predicted.float(), level)
 
         return denoise
+
+    def joined(self, conditionings: Sequence[UNetConditioning]) -> UNetConditioning:
+        texts: list[Tensor] = []
+        for text in (text for each in conditionings for text in each.texts):
+            if texts and texts[-1].shape[1] == text.shape[1]:
+                texts[-1] = torch.cat([texts[-1], text])
+            else:
+                texts.append(text)
+        vectors = [each.vector for each in conditionings if each.vector is not None]
+        pictures = tuple(_rows(each) for each in zip(*(each.pictures for each in conditionings), strict=True))
+        return UNetConditioning(tuple(texts), torch.cat(vectors) if vectors else None, pictures)
+
+    def with_pictures(self, conditioning: UNetConditioning, pictures: Sequence[KeysAndValues]) -> UNetConditioning:
+        if not isinstance(self.unet, UNet):
+            raise RequestError("image_prompts", f"{len(pictures)} of them", "none with the backend openvino: use torch")
+        return conditioning._replace(pictures=tuple(pictures))
 
     def _additions(
         self, texts: Sequence[Tensor], vector: Tensor | None, times: Tensor, hints: Sequence[Hint]
@@ -173,6 +156,8 @@ class UNetModel(FamilyModel[UNetConditioning]):
                 if not hint.leads(step, len(times)):
                     continue
                 latents = x[:, : hint.network.config.channels_in]
+                if len(seen) < len(x):
+                    seen = seen.repeat(len(x) // len(seen), 1, 1, 1)
                 made = [hint.scale * each.to(unet.conv_in.dtype) for each in hint.network(latents, *own.at(step), seen)]
                 total = [a + b for a, b in zip(total, made, strict=True)] if total else made
             return (total,) if total else ()
@@ -203,10 +188,11 @@ class UNetModel(FamilyModel[UNetConditioning]):
         return preview_projection(self._previewed)
 
 
-def _stacked(first: KeysAndValues, second: KeysAndValues) -> KeysAndValues:
-    """What each cross-attention reads of a picture, in the rows of both sides of guidance."""
-    pairs = zip(first, second, strict=True)
-    return tuple((torch.cat([one[0], other[0]]), torch.cat([one[1], other[1]])) for one, other in pairs)
+def _rows(shown: Sequence[KeysAndValues]) -> KeysAndValues:
+    """What each cross-attention reads of one image prompt in several rows."""
+    return tuple(
+        (torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])) for rows in zip(*shown, strict=True)
+    )
 
 
 def _by_attention(pictures: Sequence[KeysAndValues], text: Sequence[KeysAndValues]) -> tuple[KeysAndValues, ...]:

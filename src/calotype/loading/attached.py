@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from calotype.checkpoint.layouts import Found
-from calotype.generate import FamilyModel
+from calotype.families.model import FamilyModel
 from calotype.loading.storage import stored_dtype
 from calotype.memory.layers import Maker
 from calotype.memory.pages import Mapping as MappedFile

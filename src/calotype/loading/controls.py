@@ -11,8 +11,8 @@ from calotype.checkpoint.sources import open_source
 from calotype.errors import LoadError, RequestError, UnknownModel, UnsupportedModel, WrongShape
 from calotype.families import FAMILIES
 from calotype.families.family import Family
+from calotype.families.model import FamilyModel
 from calotype.families.unets import UNetModel, control_misfit
-from calotype.generate import FamilyModel
 from calotype.loading.attached import attached
 from calotype.loading.gather import locate
 from calotype.nn.controlnet import ControlNet, ControlNetConfig

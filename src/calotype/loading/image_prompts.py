@@ -26,8 +26,8 @@ from calotype.errors import (
 )
 from calotype.families import FAMILIES
 from calotype.families.family import Family
+from calotype.families.model import FamilyModel
 from calotype.families.unets import UNetModel, adapter_misfit
-from calotype.generate import FamilyModel
 from calotype.loading.attached import attached
 from calotype.loading.gather import locate
 from calotype.nn.image_adapter import ImageAdapter, ImageAdapterConfig, Places, ProjectionConfig
@@ -40,7 +40,7 @@ BY_EMBEDDING = {768: "ViT-L/14", 1024: "ViT-H/14", 1280: "ViT-bigG/14"}
 BY_STATES = {1024: "ViT-L/14", 1280: "ViT-H/14", 1664: "ViT-bigG/14"}
 
 
-class ImageReaders:
+class ReaderLoader:
     """What loads image prompts' networks for one model, each once; `dtype` None keeps what they are stored in."""
 
     def __init__(self, model: FamilyModel[Any], dtype: torch.dtype | None) -> None:

@@ -114,10 +114,12 @@ def _phases(model: FamilyModel[Any], job: Job) -> tuple[Phase, ...]:
 
         def step() -> Tensor:
             if job.cfg_scale == 1:
-                denoise = model.denoiser(conditioning, levels, job)
-                return denoise(torch.empty(1, *model.noise_shape(job), device=device), levels[0])
-            both = model.both(conditioning, conditioning, levels, job)
-            return torch.cat(both(torch.empty(1, *model.noise_shape(job), device=device), levels[0]))
+                denoise = model.denoiser(conditioning, levels, [job])
+            else:
+                joined = model.joined([conditioning, conditioning])
+                assert joined is not None
+                denoise = model.denoiser(joined, levels, [job, job])
+            return denoise(torch.empty(1, *model.noise_shape(job), device=device), levels[0])
 
         _, denoising = counted(step)
         with _high_strips(job.width * job.height):

@@ -19,7 +19,6 @@ from calotype.families.model import FamilyModel, masked, refuse_hints
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
-from calotype.sampling.guidance import Both
 from calotype.sampling.levels import FLOW_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 from calotype.text.clip import ClipEncoder
@@ -95,10 +94,15 @@ class FluxModel(FamilyModel[FluxConditioning]):
         return levels.path[0].sigma * noise()
 
     def denoiser(
-        self, conditioning: FluxConditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
+        self,
+        conditioning: FluxConditioning,
+        levels: Sequence[Level],
+        jobs: Sequence[Job],
+        *,
+        hints: Sequence[Hint] = (),
     ) -> Denoise:
         refuse_hints("FLUX", hints)
-        network = self.transformer
+        network, job = self.transformer, jobs[0]
         number = {level.time: i for i, level in enumerate(levels)}
         grain, patch = self.defaults.grain, network.config.patch
         rows, columns = job.height // grain, job.width // grain
@@ -112,6 +116,7 @@ class FluxModel(FamilyModel[FluxConditioning]):
         )
 
         def denoise(x: Tensor, level: Level) -> Tensor:
+            x = x.expand(len(conditioning.text), -1, -1, -1)
             tokens = network(to_tokens(x, patch), prepared, number[level.time])
             velocity = to_latent(tokens.float(), rows, columns, patch)
             # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
@@ -119,23 +124,8 @@ class FluxModel(FamilyModel[FluxConditioning]):
 
         return denoise
 
-    def both(
-        self,
-        positive: FluxConditioning,
-        negative: FluxConditioning,
-        levels: Sequence[Level],
-        job: Job,
-        *,
-        hints: Sequence[Hint] = (),
-    ) -> Both:
-        refuse_hints("FLUX", hints)
-        denoise = self.denoiser(joined(positive, negative), levels, job)
-
-        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            with_, without = denoise(torch.cat([x, x]), level).chunk(2)
-            return with_, without
-
-        return both
+    def joined(self, conditionings: Sequence[FluxConditioning]) -> FluxConditioning | None:
+        return joined(conditionings)
 
     def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
         """The masked picture, and the mask's own pixels as channels of the latents that they lie under."""

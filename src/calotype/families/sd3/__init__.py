@@ -20,7 +20,6 @@ from calotype.families.sd3.network import Sd3Network
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
-from calotype.sampling.guidance import Both
 from calotype.sampling.levels import FLOW_SCHEDULES, Flow, Level, Levels, shifted
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 
@@ -106,10 +105,10 @@ class Sd3Model(FamilyModel[Sd3Conditioning]):
         return levels.path[0].sigma * noise()
 
     def denoiser(
-        self, conditioning: Sd3Conditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
+        self, conditioning: Sd3Conditioning, levels: Sequence[Level], jobs: Sequence[Job], *, hints: Sequence[Hint] = ()
     ) -> Denoise:
         refuse_hints("Stable Diffusion 3", hints)
-        network = self.transformer
+        network, job = self.transformer, jobs[0]
         number = {level: i for i, level in enumerate(levels)}
         prepared = network.prepare(
             conditioning.text,
@@ -126,26 +125,8 @@ class Sd3Model(FamilyModel[Sd3Conditioning]):
 
         return denoise
 
-    def both(
-        self,
-        positive: Sd3Conditioning,
-        negative: Sd3Conditioning,
-        levels: Sequence[Level],
-        job: Job,
-        *,
-        hints: Sequence[Hint] = (),
-    ) -> Both:
-        refuse_hints("Stable Diffusion 3", hints)
-        if positive.text.shape != negative.text.shape:  # one of them is longer than CLIP reads at once
-            with_, without = (self.denoiser(side, levels, job) for side in (positive, negative))
-            return lambda x, level: (with_(x, level), without(x, level))
-        denoise = self.denoiser(joined(positive, negative), levels, job)
-
-        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            with_, without = denoise(x, level).chunk(2)
-            return with_, without
-
-        return both
+    def joined(self, conditionings: Sequence[Sd3Conditioning]) -> Sd3Conditioning | None:
+        return joined(conditionings)
 
     def encode(self, picture: Tensor) -> Tensor:
         return self.vae.encode(picture)
