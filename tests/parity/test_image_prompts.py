@@ -11,10 +11,9 @@ import torch
 from diffusers import StableDiffusionControlNetPipeline
 from PIL import Image
 from test_controlnets import controlnet
-from test_kolors import tokenizer  # noqa: F401  a fixture
 from test_unets import NEGATIVE, PROMPT, SIZE, assert_near, assert_same
 from tiny_image_prompts import SIDE, adapter, encoder
-from tiny_unets import kolors, sd1, sdxl
+from tiny_unets import sd1, sdxl
 from transformers import CLIPImageProcessor
 
 import calotype
@@ -91,15 +90,6 @@ def test_two_at_once_and_one_pass(tmp_path: Path) -> None:
     pipeline.unload_ip_adapter()
     reference = theirs(pipeline, [base], [picture(1)], [0.7], guidance_scale=1.0)
     assert_same(ours(tmp_path / "model", prompts[:1], cfg_scale=1.0), reference)
-
-
-def test_kolors(tokenizer: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Whose text goes through a projection, and the picture's tokens do not."""
-    pipeline = kolors(tmp_path / "model", tokenizer)
-    file = adapter(tmp_path / "ip_adapter_plus_general.bin", pipeline.unet, kind="plus")
-    encoder(tmp_path / "image_encoder", hidden_act="quick_gelu")
-    reference = theirs(pipeline, [file], [picture(1)], [0.7])
-    assert_same(ours(tmp_path / "model", [ImagePrompt(file, picture(1), scale=0.7)]), reference)
 
 
 def test_with_all_that_a_request_may_have(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from strangers import header_only
 from torch import Tensor
 
 from calotype.backends import openvino
+from calotype.checkpoint.files import Weights
 from calotype.checkpoint.hub import file_on_hub
-from calotype.checkpoint.image_prompts import IMAGE_ADAPTER, VISION
+from calotype.checkpoint.image_prompts import IMAGE_ADAPTER, VISION, found_in
 from calotype.errors import (
     LoadError,
     MissingPart,
@@ -32,10 +33,12 @@ from calotype.errors import (
     UnsupportedModel,
     WrongShape,
 )
+from calotype.families import FAMILIES
 from calotype.generate import Model
 from calotype.loading import load, manifest
+from calotype.loading.image_prompts import adapter_in
 from calotype.nn.image_adapter import ImageAdapterConfig, Places, ProjectionConfig
-from calotype.nn.vision import VisionConfig
+from calotype.nn.vision import BIG_G, VIT_H, VisionConfig
 from calotype.request import ImagePrompt, Request
 
 SMALL = VisionConfig(width=64, layers=2, heads=1, mlp_width=96, patch=7, side=14, quick_gelu=False, projection=24)
@@ -253,6 +256,55 @@ def test_what_is_fetched_from_the_hub(model: Model[Any], tmp_path: Path, monkeyp
 def test_a_path_is_no_file_on_the_hub(source: str) -> None:
     assert file_on_hub(source) is None
     assert file_on_hub("org/name/folder/c.bin") == ("org/name", "folder/c.bin")
+
+
+@pytest.mark.parametrize("name", ["sd1-ip-adapter", "sd1-ip-adapter-plus", "sdxl-ip-adapter-plus-vit-h"])
+def test_shapes_tell_the_configuration_of_published_adapters(tmp_path: Path, name: str) -> None:
+    found = adapter_in(Weights.of(name, [header_only(tmp_path / "x.safetensors", dict(manifest(name)))]))
+    assert found is not None
+    whole = next(each for family in FAMILIES for each in family.manifests if each.name == name)
+    assert found.config() == whole.parts[0].config
+
+
+@pytest.mark.parametrize(("name", "config"), [("h", VIT_H), ("bigg", BIG_G)])
+def test_shapes_tell_the_configuration_of_published_encoders(tmp_path: Path, name: str, config: VisionConfig) -> None:
+    path = header_only(tmp_path / "x.safetensors", dict(manifest(f"clip-vit-{name}-image-encoder")))
+    found = found_in(Weights.of(name, [path]), {}, VISION)
+    assert found is not None
+    assert found.config() == config
+
+
+@pytest.mark.parametrize(
+    "asked", [{"dtype": "bfloat16"}, {"dtype": "float16"}, {"storage": {"unet": "int8"}}, {"memory": "stream"}], ids=str
+)
+def test_whatever_the_weights_are_kept_in(model: Model[Any], tmp_path: Path, asked: dict[str, Any]) -> None:
+    encoder(tmp_path / "image_encoder")
+    prompt = ImagePrompt(adapter(tmp_path / "ip.safetensors"), RED)
+    other = load(tmp_path / "sd1.safetensors", *stable.tokenizers(tmp_path), device="cpu", **asked)
+    wanted, got = drawn(model, prompt), drawn(other, prompt)
+    difference = [abs(a - b) for a, b in zip(wanted, got, strict=True)]
+    assert max(difference) <= (0 if "memory" in asked else 24)
+    assert sum(difference) / len(difference) < 4
+    assert got != drawn(other)
+
+
+def test_with_a_lora(model: Model[Any], tmp_path: Path) -> None:
+    """Of the queries that text and picture share: as with its change in the weights."""
+    encoder(tmp_path / "image_encoder")
+    prompt = ImagePrompt(adapter(tmp_path / "ip.safetensors"), RED)
+    rng = torch.Generator().manual_seed(3)
+    up, down = torch.randn(32, 4, generator=rng), torch.randn(4, 32, generator=rng)
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q"
+    tiny.save(tmp_path / "ink.safetensors", {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down})
+    state = stable.sd1()
+    state["model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_q.weight"] += up @ down
+    changed = load(tiny.save(tmp_path / "inked.safetensors", state), *stable.tokenizers(tmp_path), device="cpu")
+    plain = drawn(model, prompt)
+    model.attach(tmp_path / "ink.safetensors")
+    assert max(abs(a - b) for a, b in zip(drawn(model, prompt), drawn(changed, prompt), strict=True)) <= 1
+    assert drawn(model, prompt) != plain
+    model.detach("ink")
+    assert drawn(model, prompt) == plain
 
 
 def test_a_configuration_beside_the_weights_is_followed(model: Model[Any], tmp_path: Path) -> None:
