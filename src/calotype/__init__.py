@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from calotype.generate import Lowered, Model, Picture, Progress
     from calotype.image import read_metadata, save
     from calotype.loading import Description, describe, load
-    from calotype.request import Control, HighRes, Lora, Region, Request, Size
+    from calotype.request import Control, HighRes, ImagePrompt, Lora, Region, Request, Size
     from calotype.version import VERSION as __version__
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "Description",
     "GenerationError",
     "HighRes",
+    "ImagePrompt",
     "LoadError",
     "Lora",
     "Lowered",
@@ -78,6 +79,7 @@ __all__ = [
 _HOMES = {
     "Description": "loading",
     "HighRes": "request",
+    "ImagePrompt": "request",
     "Lora": "request",
     "Lowered": "generate",
     "Model": "generate",

@@ -104,9 +104,13 @@ def input_picture(given: str | os.PathLike[str] | Image.Image, field: str = "inp
     return picture.convert("RGB")
 
 
+OPTIONS = {"regions": "region", "controls": "control", "image_prompts": "image-prompt"}  # called otherwise than fields
+
+
 def _opened(given: str | os.PathLike[str] | Image.Image, field: str) -> Image.Image:
     if isinstance(given, str) and given.startswith(FINGERPRINT):
-        option = f"--{field.split('[')[0].replace('_', '-')} FILE"
+        part = field.split("[")[0]
+        option = f"--{OPTIONS.get(part, part)} FILE".replace("_", "-")
         raise RequestError(field, given, f"the picture itself ({option}): this is only the mark by which it is known")
     picture = given if isinstance(given, Image.Image) else open_picture(Path(given), field)
     return ImageOps.exif_transpose(picture)

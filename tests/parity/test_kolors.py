@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from test_image_prompts import ours, picture, theirs
 from test_unets import assert_near, assert_same
+from tiny_image_prompts import adapter, encoder
 from tiny_unets import kolors
 
 import calotype
@@ -43,6 +45,15 @@ def test_kolors_draws_diffusers_picture(name: str, tokenizer: Path, tmp_path: Pa
     picture = model.generate(PROMPT, seed=5, **SIZE, steps=6, cfg_scale=4.0, negative_prompt=NEGATIVE)
     assert not isinstance(picture, list)
     assert_same(picture, reference)
+
+
+def test_image_prompts(tokenizer: Path, tmp_path: Path) -> None:
+    """Their tokens do not go through the projection of the text."""
+    pipeline = kolors(tmp_path / "model", tokenizer)
+    file = adapter(tmp_path / "ip_adapter_plus_general.bin", pipeline.unet, kind="plus")
+    encoder(tmp_path / "image_encoder", hidden_act="quick_gelu")
+    reference = theirs(pipeline, [file], [picture(1)], [0.7])
+    assert_same(ours(tmp_path / "model", [calotype.ImagePrompt(file, picture(1), scale=0.7)]), reference)
 
 
 def test_conditioning(tokenizer: Path, tmp_path: Path) -> None:

@@ -255,6 +255,13 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
                 {"kind": "none", "model": "org/net", "image": "left.png", "scale": 1.0, "start": 0.0, "end": 1.0},
             ],
         ),
+        "image_prompts": (
+            ["--image-prompt", "ip.bin:start.png@0.5", "--image-prompt", "org/ip/a.bin,clip:left.png"],
+            [
+                {"model": "ip.bin", "image": "start.png", "scale": 0.5},
+                {"model": "org/ip/a.bin", "image": "left.png", "scale": 1.0, "encoder": "clip"},
+            ],
+        ),
         "high_res": (
             ["--high-res", "64x32", "--high-res", "96x48@0.25@1@latent"],
             [
@@ -272,7 +279,8 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
     def watched(request: Request) -> Events:
         requests.append(request)
         # This model has no use for these.
-        return stream(replace(request, clip_skip=None, loras=(), controls=(), **dict.fromkeys(SIZES)))
+        none = dict.fromkeys(SIZES)
+        return stream(replace(request, clip_skip=None, loras=(), controls=(), image_prompts=(), **none))
 
     monkeypatch.setattr(loader.model, "stream", watched)
     words = [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -280,7 +288,7 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
     assert main(["generate", "a fox", *words]) == 0
     asked |= {name: value for name, (_, value) in spelt.items()}
     assert [request.to_dict() for request in requests] == [{"prompt": "a fox", **asked}]
-    left_out = ("clip_skip", "loras", "controls", *SIZES)
+    left_out = ("clip_skip", "loras", "controls", "image_prompts", *SIZES)
     kept = {name: value for name, value in asked.items() if name not in left_out}
     assert read_metadata(capsys.readouterr().out.strip())[0].to_dict() == {"prompt": "a fox", **kept}
 

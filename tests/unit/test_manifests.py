@@ -48,6 +48,23 @@ def test_how_many_published_hashes_are_reproduced(capsys: pytest.CaptureFixture[
     assert published - ours == {value for value, _ in NOT_REPRODUCED}
 
 
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("sd1-ip-adapter", "e291636cc15e803186b47404262ef812"),  # h94/IP-Adapter models/ip-adapter_sd15.bin
+        ("sdxl-ip-adapter", "a64eac9aa0db4b9602213bc0131281c7"),  # h94/IP-Adapter sdxl_models/ip-adapter_sdxl.bin
+    ],
+)
+def test_an_adapter_of_two_tables_has_its_published_hash(name: str, published: str) -> None:
+    """Theirs is of a pickle that holds two dicts: each stands with its own content behind a bar."""
+    tables: list[str] = []
+    for table in ("image_proj", "ip_adapter"):
+        own = [(key.removeprefix(f"{table}."), shape) for key, shape in manifest(name) if key.startswith(f"{table}.")]
+        items = [f"{key}:{'_'.join(map(str, shape))}" for key, shape in own] + [key for key, _ in own]
+        tables.append(f"{table}|{','.join(sorted(items))}")
+    assert hashlib.md5(",".join(sorted(tables)).encode()).hexdigest() == published
+
+
 def test_names_have_no_spaces_and_each_gives_a_manifest() -> None:
     assert len(set(manifests())) == len(manifests())
     assert {row["manifest"] for row in HASHES} <= set(manifests())

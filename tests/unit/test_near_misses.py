@@ -129,10 +129,40 @@ CONTROLS: dict[str, str | None] = {
     "kolors-controlnet": "sdxl",  # its names are SDXL's
 }
 
+# manifest of what image prompts need: kind, family, what is said of it
+IMAGE_PROMPTS: dict[str, tuple[str, str | None, str]] = {
+    "sd1-ip-adapter": ("ip_adapter", "sd1", "base, for Stable Diffusion 1.x; goes with a model"),
+    "sd1-ip-adapter-plus": ("ip_adapter", "sd1", "plus, for Stable Diffusion 1.x; goes with a model"),
+    "sd1-ip-adapter-full-face": ("ip_adapter", "sd1", "full, for Stable Diffusion 1.x; goes with a model"),
+    "sdxl-ip-adapter": ("ip_adapter", "sdxl", "base, for SDXL and Kolors; goes with a model"),
+    "sdxl-ip-adapter-vit-h": ("ip_adapter", "sdxl", "base, for SDXL and Kolors; goes with a model"),
+    "sdxl-ip-adapter-plus-vit-h": ("ip_adapter", "sdxl", "plus, for SDXL and Kolors; goes with a model"),
+    "clip-vit-h-image-encoder": ("image_encoder", None, "goes with a model"),
+    "clip-vit-bigg-image-encoder": ("image_encoder", None, "goes with a model"),
+}
+
 
 def test_every_manifest_of_these_families_is_here() -> None:
     names = {item.name for family in (SD1, SDXL, KOLORS) for item in family.manifests}
-    assert set(OURS) | set(CONTROLS) == names
+    assert set(OURS) | set(CONTROLS) | set(IMAGE_PROMPTS) == names
+
+
+@pytest.mark.parametrize("name", IMAGE_PROMPTS)
+def test_what_image_prompts_need_is_told_from_a_model(tmp_path: Path, name: str) -> None:
+    seen = describe(header_only(tmp_path / "x.safetensors", known(name)))
+    kind, family, note = IMAGE_PROMPTS[name]
+    assert (seen.kind, seen.family, seen.supported) == (kind, family, False)
+    assert seen.note.startswith(note)
+
+
+def test_an_adapter_of_faces_is_no_lora(tmp_path: Path) -> None:
+    """FaceID files have LoRAs among their tensors."""
+    shapes = dict(known("sd1-ip-adapter")) | {"ip_adapter.0.to_q_lora.down.weight": (128, 320)}
+    shapes = {key: shape for key, shape in shapes.items() if not key.startswith("image_proj.proj.")}
+    shapes |= {"image_proj.proj.0.weight": (1024, 512), "image_proj.proj.2.weight": (3072, 1024)}
+    seen = describe(header_only(tmp_path / "x.safetensors", shapes))
+    assert (seen.kind, seen.family, seen.layout) == ("ip_adapter", "sd1", "faceid")
+    assert seen.note.startswith("does not run here yet")
 
 
 @pytest.mark.parametrize("name", CONTROLS)

@@ -17,6 +17,7 @@ PUBLIC = [
     "Description",
     "GenerationError",
     "HighRes",
+    "ImagePrompt",
     "LoadError",
     "Lora",
     "Lowered",

@@ -91,6 +91,44 @@ def fetch_tokenizer(name: str, files: tuple[str, ...]) -> Path:
     return found[0].parent
 
 
+FILE = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})/([\w./-]{1,400})", re.ASCII)
+
+
+def file_on_hub(source: str) -> tuple[str, str] | None:
+    """A hub model and the path of a file or folder in it, of a source like org/name/folder/file; None for others."""
+    match = FILE.fullmatch(source)
+    if match is None or source.startswith(".") or ".." in source or source.endswith("/"):
+        return None
+    return match[1], match[2]
+
+
+def fetch_file(source: str) -> Path:
+    """What lies at org/name/path on the hub: a file, or a folder of one part. Raises SourceNotFound or LoadError."""
+    found = file_on_hub(source)
+    assert found is not None
+    name, file = found
+    if Path(file).suffix.lower() not in PICKLE_SUFFIXES | {".safetensors"}:
+        folder = fetch_folder(name, file)
+        if folder.is_dir():
+            return folder
+        raise SourceNotFound(f"{source}: no such file or folder here, and the hub model {name} has no folder {file}")
+    path = _download(name, file)
+    if isinstance(path, Path):
+        return path
+    raise path or SourceNotFound(f"{source}: no such file or folder here, and the hub model {name} has no file {file}")
+
+
+def fetch_small(name: str, file: str) -> Path | None:
+    """A file of a hub model; None where it has none of that name, or that cannot be found out now."""
+    path = _download(name, file)
+    return path if isinstance(path, Path) else None
+
+
+def fetch_folder(name: str, folder: str) -> Path:
+    """One part's folder of a hub model, which may turn out not to be there."""
+    return _download_folder(name, _patterns(_files(name), f"{folder}/")) / folder
+
+
 def _download(name: str, file: str, *, cached: bool = False) -> Path | LoadError | None:
     """A file of a hub model; None where the model has no such file, an error where that cannot be found out.
 

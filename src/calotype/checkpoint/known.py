@@ -66,10 +66,12 @@ LORA = re.compile(
 
 def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
     """The attachment that these tensors are; None for what may be a model."""
+    first = {key.split(".", 1)[0] for key in shapes}
+    if first >= {"ip_adapter", "image_proj"}:  # some have LoRAs among theirs
+        return Attachment("ip_adapter", "faceid" if _of_faces(shapes) else "original", _adapter_family(shapes))
     lora = next((key for key in shapes if LORA.search(key)), None)
     if lora is not None:
         return Attachment("lora", _lora_spelling(shapes, lora), _lora_family(shapes))
-    first = {key.split(".", 1)[0] for key in shapes}
     if "control_model" in first or "input_hint_block.0.weight" in shapes:
         return Attachment("controlnet", "original", unet_family(shapes))
     if "controlnet_cond_embedding" in first:
@@ -136,7 +138,14 @@ def _motion_family(shapes: Mapping[str, Shape]) -> str:
     return "sd1" if any("down_blocks.3.motion_modules." in key for key in shapes) else "sdxl"
 
 
+def _of_faces(shapes: Mapping[str, Shape]) -> bool:
+    """Whether an IP-Adapter takes what a network that tells faces apart says (FaceID), 512 numbers."""
+    return shapes.get("image_proj.proj.0.weight", ())[1:] == (512,)
+
+
 def _adapter_family(shapes: Mapping[str, Shape]) -> str | None:
+    if shapes.get("image_proj.layers.0.0.to_out.weight", ())[:1] == (2048,):
+        return "kolors"
     widths = {shape[1] for key, shape in shapes.items() if "to_k_ip" in key and len(shape) == 2}
     return "sdxl" if 2048 in widths else "sd1" if 768 in widths else "flux" if 4096 in widths else None
 

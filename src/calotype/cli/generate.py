@@ -103,6 +103,16 @@ def generate(
             "is); repeat it for others.",
         ),
     ] = None,
+    image_prompts: Annotated[
+        list[str] | None,
+        _named(
+            "--image-prompt",
+            "Picture",
+            "MODEL:IMAGE[@SCALE]",
+            "Draw what IMAGE shows, through the IP-Adapter in MODEL; repeat it for others. MODEL,ENCODER where its "
+            "image_encoder/ is not beside it.",
+        ),
+    ] = None,
     high_res: Annotated[
         list[str] | None,
         _named(
@@ -251,6 +261,8 @@ def _check_files(request: Request) -> None:
         for number, control in enumerate(controls):
             if control.image is not None:
                 input_picture(control.image, f"{prefix}controls[{number}].image")
+    for number, shown in enumerate(request.image_prompts):
+        input_picture(shown.image, f"image_prompts[{number}].image")
 
 
 def draw(model: Model[Any], request: Request, target: Target, preview: Path | None, show: Silent) -> None:
@@ -345,6 +357,21 @@ def _controls(texts: list[str]) -> list[dict[str, Any]]:
     return made
 
 
+def _image_prompts(texts: list[str]) -> list[dict[str, Any]]:
+    """MODEL[,ENCODER]:IMAGE[@SCALE], each; parted as in `_controls`."""
+    made: list[dict[str, Any]] = []
+    for number, text in enumerate(texts):
+        found = re.fullmatch(rf"(.+):({_PATH})(?:@(\d+(?:\.\d+)?))?", text)
+        if found is None:
+            allowed = "MODEL[,ENCODER]:IMAGE[@SCALE], as ip-adapter_sd15.safetensors:photo.png@0.6"
+            raise RequestError(f"image_prompts[{number}]", text, allowed)
+        model, comma, encoder = (found[1], "", "") if Path(found[1]).exists() else found[1].rpartition(",")
+        values: dict[str, Any] = {"model": model, "encoder": encoder} if comma else {"model": found[1]}
+        values["image"] = found[2]
+        made.append(values if found[3] is None else {**values, "scale": float(found[3])})
+    return made
+
+
 _PATH = r"(?:[A-Za-z]:(?=[\\/]))?[^:]+?"  # a drive before it, or none
 
 
@@ -395,6 +422,7 @@ READ: dict[str, Callable[[Any], Any]] = {
     "loras": _loras,
     "regions": _regions,
     "controls": _controls,
+    "image_prompts": _image_prompts,
     "high_res": _high_res,
 }
 

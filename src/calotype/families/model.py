@@ -16,6 +16,7 @@ from calotype.errors import RequestError
 from calotype.lora.attach import Adapters
 from calotype.memory.ladder import Memory
 from calotype.nn.leader import Leader
+from calotype.nn.unet import KeysAndValues
 from calotype.request import Defaults, Job
 from calotype.sampling.guidance import Prediction
 from calotype.sampling.levels import Level, Levels
@@ -95,6 +96,13 @@ class FamilyModel(ABC, Generic[C]):
         mask = (mask > 0.5).float()
         latents = self.encode(picture * (1 - mask))
         return torch.cat([latents, 1 - F.interpolate(mask, size=latents.shape[2:])], dim=1)
+
+    def with_pictures(self, conditioning: C, pictures: Sequence[KeysAndValues]) -> C:
+        """Conditioning with image prompts: of each, what each cross-attention reads of it.
+
+        RequestError where the family, or its backend, has none that run.
+        """
+        raise RequestError("image_prompts", f"{len(pictures)} of them", f"none: they do not run with {self.family} yet")
 
     def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
         """What a model that inpaints takes beside the noisy latents, on their grid: b c h w.

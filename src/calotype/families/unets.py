@@ -20,8 +20,9 @@ from calotype.families.diffusion import DiffusionSettings
 from calotype.families.model import FamilyModel, masked
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.controlnet import ControlNet, ControlNetConfig
+from calotype.nn.image_adapter import ImageAdapterConfig, Places
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
-from calotype.nn.unet import UNet, UNetConfig
+from calotype.nn.unet import KeysAndValues, UNet, UNetConfig
 from calotype.request import Defaults, Job
 from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
@@ -34,6 +35,7 @@ class UNetConditioning(NamedTuple):
         Tensor, ...
     ]  # b n d, what cross-attention reads, for each group of rows whose prompts are of one length
     vector: Tensor | None  # b d, pooled text and sizes; None for a UNet without that input
+    pictures: tuple[KeysAndValues, ...] = ()  # of each image prompt, what each cross-attention reads of it
 
 
 class UNetModel(FamilyModel[UNetConditioning]):
@@ -104,14 +106,15 @@ class UNetModel(FamilyModel[UNetConditioning]):
     ) -> Denoise:
         number = {level: i for i, level in enumerate(levels)}
         times = torch.tensor([level.time for level in levels], device=self.device)
-        texts, vector = conditioning
+        texts, vector, pictures = conditioning
         prepared = self.unet.prepare(texts, vector, times)
         estimate = ESTIMATES[self.diffusion.prediction]
         additions = self._additions(texts, vector, times, hints)
+        shown = {"pictures": _by_attention(pictures, prepared.text)} if pictures else {}
 
         def denoise(x: Tensor, level: Level) -> Tensor:
             step = number[level]
-            predicted: Tensor = self.unet(x, *prepared.at(step), *additions(x, step))
+            predicted: Tensor = self.unet(x, *prepared.at(step), *additions(x, step), **shown)
             return estimate(x[:, : predicted.shape[1]], predicted.float(), level)
 
         return denoise
@@ -124,7 +127,13 @@ class UNetModel(FamilyModel[UNetConditioning]):
             else:
                 texts.append(text)
         vectors = [each.vector for each in conditionings if each.vector is not None]
-        return UNetConditioning(tuple(texts), torch.cat(vectors) if vectors else None)
+        pictures = tuple(_rows(each) for each in zip(*(each.pictures for each in conditionings), strict=True))
+        return UNetConditioning(tuple(texts), torch.cat(vectors) if vectors else None, pictures)
+
+    def with_pictures(self, conditioning: UNetConditioning, pictures: Sequence[KeysAndValues]) -> UNetConditioning:
+        if not isinstance(self.unet, UNet):
+            raise RequestError("image_prompts", f"{len(pictures)} of them", "none with the backend openvino: use torch")
+        return conditioning._replace(pictures=tuple(pictures))
 
     def _additions(
         self, texts: Sequence[Tensor], vector: Tensor | None, times: Tensor, hints: Sequence[Hint]
@@ -181,6 +190,20 @@ class UNetModel(FamilyModel[UNetConditioning]):
         return preview_projection(self._previewed)
 
 
+def _rows(shown: Sequence[KeysAndValues]) -> KeysAndValues:
+    """What each cross-attention reads of one image prompt in several rows."""
+    return tuple(
+        (torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])) for rows in zip(*shown, strict=True)
+    )
+
+
+def _by_attention(pictures: Sequence[KeysAndValues], text: Sequence[KeysAndValues]) -> tuple[KeysAndValues, ...]:
+    """For each cross-attention what it reads of all pictures, in the type that it reads text in."""
+    dtypes = [groups[0][0].dtype for groups in text]
+    reads = zip(dtypes, *pictures, strict=True)
+    return tuple(tuple((k.to(dtype), v.to(dtype)) for k, v in pairs) for dtype, *pairs in reads)
+
+
 # From what the network predicts to the clean latents, x = alpha clean + sigma noise, v = alpha noise - sigma clean.
 ESTIMATES: dict[str, Callable[[Tensor, Tensor, Level], Tensor]] = {
     "noise": lambda x, noise, level: (x - level.sigma * noise) / level.alpha,
@@ -213,6 +236,19 @@ def control_misfit(network: ControlNetConfig, config: UNetConfig) -> str | None:
         if has != wants:
             return f"{what} {has}, where the UNet has {wants}"
     return None
+
+
+def adapter_misfit(adapter: ImageAdapterConfig, config: UNetConfig) -> str | None:
+    """Why an IP-Adapter does not go with a UNet; None where it does."""
+    widths = Places.of(config).widths
+    for what, has, wants in (
+        ("tokens of width", adapter.text_width, config.text_width),
+        ("cross-attentions:", len(adapter.widths), len(widths)),
+        ("cross-attentions of widths", sorted(set(adapter.widths)), sorted(set(widths))),
+    ):
+        if has != wants:
+            return f"{what} {has}, where the UNet has {wants}"
+    return None if adapter.widths == widths else "its cross-attentions follow one another in another order"
 
 
 def beside_the_noise(title: str, config: UNetConfig) -> str | None:

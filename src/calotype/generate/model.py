@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from PIL import Image
 
 from calotype.checkpoint.files import Weights
+from calotype.control.image_prompts import ImageReader
 from calotype.errors import RequestError, UnexpectedKeys
 from calotype.families.model import FamilyModel
 from calotype.generate.events import Events, Picture
@@ -36,8 +37,9 @@ class Model(Generic[C]):
         left_out: Mapping[str, str] | None = None,
         prompts: PromptCache[C] | None = None,
         controls: Callable[[str], Leader] | None = None,
+        readers: Callable[[str, str | None], ImageReader] | None = None,
     ) -> None:
-        """`controls` loads ControlNets for this model.
+        """`controls` loads ControlNets for this model, `readers` IP-Adapters, each with its encoder.
 
         `prompts` may be shared between models: each finds its own by `family.content`.
         """
@@ -47,6 +49,7 @@ class Model(Generic[C]):
         self.prompts = PromptCache[C]() if prompts is None else prompts
         self._controls = controls
         self._loaded: dict[str, Leader] = {}
+        self._readers = readers
 
     @property
     def name(self) -> str:
@@ -101,11 +104,24 @@ class Model(Generic[C]):
             self._loaded[name] = self._controls(name)
         return self._loaded[name]
 
+    def load_image_prompt(
+        self, source: str | os.PathLike[str], encoder: str | os.PathLike[str] | None = None
+    ) -> ImageReader:
+        """The IP-Adapter in a file (or org/name/path of one on the hub) with its image encoder, loaded once.
+
+        Raises a LoadError: WrongShape, which names the families that it fits, where this model's is not among them;
+        MissingPart where the encoder is neither given nor beside it.
+        """
+        if self._readers is None:
+            raise RequestError("image_prompts", os.fspath(source), f"none: they do not run with {self.name} yet")
+        return self._readers(os.fspath(source), None if encoder is None else os.fspath(encoder))
+
     def stream(self, request: Request) -> Events:
         """Progress and pictures as they come; close the iterator to stop early."""
         controls = [*request.controls, *(control for each in request.high_res for control in each.controls or ())]
         networks = {control.model: self.load_control(control.model) for control in controls}
-        return stream(self.family, request, cache=self.prompts, networks=networks)
+        readers = {each.networks: self.load_image_prompt(*each.networks) for each in request.image_prompts}
+        return stream(self.family, request, cache=self.prompts, networks=networks, readers=readers)
 
     def generate(self, prompt: str | Request, **fields: object) -> Image.Image | list[Image.Image]:
         """Draw a prompt: one picture, or a list when `count` is more than 1.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from calotype.control.image_prompts import ImageReaders
 from calotype.control.upscalers import Upscaler, load_upscaler
 from calotype.errors import NonFiniteImage, OutOfMemory, RequestError
 from calotype.families.model import FamilyModel
@@ -44,6 +45,7 @@ def stream(
     cache: PromptCache[C] | None = None,
     batched_guidance: bool = True,
     networks: Mapping[str, Leader] | None = None,
+    readers: ImageReaders | None = None,
 ) -> Events:
     """Draw `request.count` pictures, one after another: for each the steps of all stages, then a Picture.
 
@@ -52,7 +54,7 @@ def stream(
     Picture k depends on seed + k alone, not on how many are asked for: its noise comes from a generator of its own,
     on the CPU in float32, and it is computed by itself. `cache` remembers what prompts became. `batched_guidance` runs
     both sides of classifier-free guidance in one pass instead of two. `networks` are those of the request's controls,
-    by the `model` that these name.
+    by the `model` that these name; `readers` those of its image prompts, by their `networks`.
 
     Raises RequestError before any work, NonFiniteImage instead of a black picture, OutOfMemory on the last rung.
     """
@@ -64,6 +66,9 @@ def stream(
         region_masks=[mask_picture(region.mask, f"regions[{k}].mask") for k, region in enumerate(request.regions)],
         control_images=_opened(request.controls, ""),
         pass_images=[_opened(each.controls or (), f"high_res[{k}].") for k, each in enumerate(request.high_res)],
+        prompt_images=[
+            input_picture(each.image, f"image_prompts[{k}].image") for k, each in enumerate(request.image_prompts)
+        ],
     )
     networks = {} if networks is None else networks
     cache = PromptCache() if cache is None else cache
@@ -74,7 +79,8 @@ def stream(
         try:
             if model.adapters is not None:
                 model.adapters.apply()
-            with closing(_pictures(model, job, cache, networks, upscalers, batched_guidance, first=done)) as events:
+            events = _pictures(model, job, cache, networks, readers or {}, upscalers, batched_guidance, first=done)
+            with closing(events):
                 for event in events:
                     yield event
                     done += isinstance(event, Picture)
@@ -118,13 +124,14 @@ def _pictures(
     job: Job,
     cache: PromptCache[C],
     networks: Mapping[str, Leader],
+    readers: ImageReaders,
     upscalers: Mapping[str, Upscaler],
     batched_guidance: bool,
     *,
     first: int,
 ) -> Events:
     """The pictures of a job from number `first` on."""
-    stages = planned(model, job, networks, cache)
+    stages = planned(model, job, networks, readers, cache)
     input_latents = None if job.input_image is None else _encoded(model, job.input_image)
     denoisers: dict[int, Denoise] = {}
     for k in range(first, job.count):

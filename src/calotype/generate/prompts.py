@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Generic, NamedTuple, TypeVar
 
 from calotype.families.model import FamilyModel
+from calotype.nn.unet import KeysAndValues
 from calotype.request import Job
 
 C = TypeVar("C")
@@ -67,6 +68,25 @@ def read(model: FamilyModel[C], jobs: Sequence[Job], cache: PromptCache[C]) -> l
     return [
         Read(known[positive], None if negative is None else known[negative], tuple(known[each] for each in regions))
         for positive, negative, regions in keys
+    ]
+
+
+def with_pictures(
+    model: FamilyModel[C],
+    words: Sequence[Read[C]],
+    positive: Sequence[KeysAndValues],
+    negative: Sequence[KeysAndValues],
+) -> list[Read[C]]:
+    """All that prompts became, with image prompts beside them: what is read of these on either side of guidance."""
+    if not positive:
+        return list(words)
+    return [
+        Read(
+            model.with_pictures(each.positive, positive),
+            None if each.negative is None else model.with_pictures(each.negative, negative),
+            tuple(model.with_pictures(region, positive) for region in each.regions),
+        )
+        for each in words
     ]
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 
 from calotype.control.annotators import annotate, annotator
 from calotype.control.hints import kind_of
+from calotype.control.image_prompts import ImageReaders, read_pictures
 from calotype.errors import RequestError
 from calotype.families.model import FamilyModel
-from calotype.generate.prompts import PromptCache, Read, read
+from calotype.generate.prompts import PromptCache, Read, read, with_pictures
 from calotype.nn.leader import Leader
 from calotype.request import Control, Job, resized
 from calotype.sampling.spatial import Box, boxes
@@ -68,7 +69,11 @@ class Stage(NamedTuple, Generic[C]):
 
 
 def planned(
-    model: FamilyModel[C], job: Job, networks: Mapping[str, Leader], cache: PromptCache[C]
+    model: FamilyModel[C],
+    job: Job,
+    networks: Mapping[str, Leader],
+    readers: ImageReaders,
+    cache: PromptCache[C],
 ) -> tuple[Stage[C], ...]:
     """All stages of a job, with their prompts read and what leads them drawn, as far as it is there by then.
 
@@ -81,7 +86,8 @@ def planned(
         [(box, each.within(box, scale)) for box in _boxes(model, each, scale)]
         for each, scale in zip(jobs, scales, strict=True)
     ]
-    found = iter(read(model, [own for stage in tiles for _, own in stage], cache))
+    words = read(model, [own for stage in tiles for _, own in stage], cache)
+    found = iter(with_pictures(model, words, *read_pictures(job, readers, model.memory)))
     return tuple(
         Stage(each, scale, tuple(Part(box, own, next(found)) for box, own in stage), by)
         for each, scale, stage, by in zip(jobs, scales, tiles, led, strict=True)

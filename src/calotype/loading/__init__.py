@@ -26,6 +26,7 @@ from calotype.loading.controls import load_control
 from calotype.loading.convert import convert
 from calotype.loading.describe import Description, PartDescription, describe
 from calotype.loading.gather import Chosen, Opened, gather
+from calotype.loading.image_prompts import ReaderLoader
 from calotype.loading.manifests import manifest, manifests
 from calotype.loading.refusals import is_embedding, recognised, refuse_damaged, refuse_incomplete
 from calotype.loading.rounding import rounding_error
@@ -168,6 +169,7 @@ def load(
         left_out={role.name: role.optional for role in family.left_out(chosen)},
         prompts=None if model.content is None else PROMPTS,
         controls=lambda source: load_control(source, model, wanted),
+        readers=ReaderLoader(model, wanted),
     )
     if eight_bits:
         loaded.storage_errors["unet"] = rounding_error(loaded)

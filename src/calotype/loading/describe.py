@@ -16,6 +16,8 @@ from calotype.families import FAMILIES
 from calotype.families.adapters import fitting
 from calotype.families.family import Family, Role
 from calotype.loading.gather import Item, Opened, choose, gather
+from calotype.loading.image_prompts import adapter_in
+from calotype.loading.image_prompts import fitting as fitting_adapter
 from calotype.loading.refusals import damage, fragment, refuse_damaged, takers_of
 from calotype.lora.files import summary
 
@@ -70,6 +72,8 @@ def describe(source: str | os.PathLike[str]) -> Description:
         if attachment is not None:
             note = f"goes with a model, and is none itself{_use(attachment.kind)}"
             known_family = attachment.family
+            if attachment.kind == "ip_adapter":
+                note = f"{_adapter(item.detected.weights)}{note}"
             if attachment.kind == "lora":
                 note = f"{summary(item.detected.weights)}; {note}"
                 known_family = known_family or next(iter(fitting(item.detected.weights)), None)
@@ -116,7 +120,23 @@ def _use(kind: str) -> str:
     """What to do with something that goes with a model."""
     if kind == "embedding":
         return "; give it beside one, and write its file's name in a prompt"
+    if kind == "ip_adapter":
+        return "; draw with it and a picture: --image-prompt, or a request's image_prompts"
     return "; attach it with --lora, or Model.attach" if kind == "lora" else ""
+
+
+def _adapter(weights: Weights) -> str:
+    """Which form an IP-Adapter has, and which families it fits."""
+    found = adapter_in(weights)
+    if found is None:
+        return "does not run here yet; "
+    try:
+        config = found.config()
+        families = fitting_adapter(config)
+    except LoadError as error:
+        return f"does not load: {_reason(error)}; "
+    titles = " and ".join(family.title for family in families) or "no family here"
+    return f"{found.layout.name}, for {titles}; "
 
 
 def _of_family(opened: Opened, parts: tuple[PartDescription, ...]) -> Description:

@@ -149,6 +149,10 @@ def _refuse_what_is_no_part(item: Item, *, with_model: bool) -> None:
             do = "attach it to the model: --lora FILE on the command line, or Model.attach(FILE)"
         if detected.attachment.kind == "controlnet" and with_model:
             do = "give it in a request's controls (--control), or to load_control, instead"
+        if detected.attachment.kind == "ip_adapter" and with_model:
+            do = "give it with a picture, in a request's image_prompts (--image-prompt), instead"
+        if detected.attachment.kind == "image_encoder" and with_model:
+            do = "give it as the encoder of an image prompt, instead"
         raise NotAModel(f"{source}: {detected.attachment.title}, which goes with a model and is none; {do}")
     if detected.quantised is not None:
         raise UnsupportedModel(f"{source}: weights quantised by {detected.quantised} are not supported yet")

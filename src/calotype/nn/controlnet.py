@@ -21,7 +21,7 @@ from calotype.nn.conv import Conv2d
 from calotype.nn.embeddings import Embedder, sinusoid
 from calotype.nn.leader import Leader
 from calotype.nn.linear import Linear
-from calotype.nn.unet import Descent, KeysAndValues, Prepared, UNetConfig
+from calotype.nn.unet import Descent, KeysAndValues, Prepared, Read, UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,5 +166,5 @@ class ControlNet(Descent, Leader):
     def forward(self, x: Tensor, shifts: Sequence[Tensor], text: Sequence[KeysAndValues], hint: Tensor) -> list[Tensor]:
         """x (b channels h w) with `shifts` and `text` of `Prepared.at`, `hint` of `embed` -> additions."""
         x = self.conv_in(x.to(self.conv_in.dtype))
-        made = self.descend(x + hint, iter(shifts), iter(text))
+        made = self.descend(x + hint, iter(shifts), map(Read, text))
         return [tap(each) for tap, each in zip(self.taps, made, strict=True)]

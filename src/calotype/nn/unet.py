@@ -54,6 +54,13 @@ KeysAndValues = tuple[tuple[Tensor, Tensor], ...]
 """What text gives to one cross-attention: (b h n d) twice, for each group of rows whose prompts are of one length."""
 
 
+class Read(NamedTuple):
+    """What one cross-attention reads: text, and the pictures of image prompts, each attended to by itself."""
+
+    text: KeysAndValues
+    pictures: KeysAndValues = ()  # for all rows at once, an entry a picture; its values hold its scale
+
+
 class Prepared(NamedTuple):
     """All that one job's steps share."""
 
@@ -111,13 +118,16 @@ class CrossAttention(nn.Module):
     def keys_and_values(self, texts: Sequence[Tensor]) -> KeysAndValues:
         return tuple((split_heads(self.k(text), self.heads), split_heads(self.v(text), self.heads)) for text in texts)
 
-    def forward(self, x: Tensor, text: KeysAndValues) -> Tensor:
+    def forward(self, x: Tensor, read: Read) -> Tensor:
         """One picture may meet several prompts here: its row is then repeated."""
         q = split_heads(self.q(x), self.heads)
-        rows = [len(k) for k, _ in text]
+        rows = [len(k) for k, _ in read.text]
         q = q.expand(sum(rows), -1, -1, -1)
-        mixed = [attention(part, k, v) for part, (k, v) in zip(q.split(rows), text, strict=True)]
-        return self.out(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
+        parts = [attention(part, k, v) for part, (k, v) in zip(q.split(rows), read.text, strict=True)]
+        mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
+        for k, v in read.pictures:
+            mixed = mixed + attention(q, k, v)
+        return self.out(mixed)
 
 
 class TransformerBlock(nn.Module):
@@ -131,9 +141,9 @@ class TransformerBlock(nn.Module):
         self.mlp_in = Linear(width, 8 * width)  # values, then gates
         self.mlp_out = Linear(4 * width, width)
 
-    def forward(self, x: Tensor, text: KeysAndValues) -> Tensor:
+    def forward(self, x: Tensor, read: Read) -> Tensor:
         x = x + self.self_attention(self.self_norm(x))
-        x = x + self.cross_attention(self.cross_norm(x), text)
+        x = x + self.cross_attention(self.cross_norm(x), read)
         value, gate = self.mlp_in(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.mlp_out(value * F.gelu(gate))
 
@@ -148,10 +158,10 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, text_width) for _ in range(depth))
         self.outward = Linear(width, width)
 
-    def forward(self, x: Tensor, text: Iterator[KeysAndValues]) -> Tensor:
+    def forward(self, x: Tensor, reads: Iterator[Read]) -> Tensor:
         tokens = self.inward(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.blocks:
-            tokens = block(tokens, next(text))
+            tokens = block(tokens, next(reads))
         return x + rearrange(self.outward(tokens), "b (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -270,7 +280,7 @@ class Descent(nn.Module):
             text=tuple(block.keys_and_values(texts) for block in blocks if isinstance(block, CrossAttention)),
         )
 
-    def descend(self, x: Tensor, shift: Iterator[Tensor], keys: Iterator[KeysAndValues]) -> list[Tensor]:
+    def descend(self, x: Tensor, shift: Iterator[Tensor], reads: Iterator[Read]) -> list[Tensor]:
         """What comes out of `conv_in` (b c h w) -> it, what every block on the way down makes of it, and the middle."""
         skipped = [x]
         for level in self.down:
@@ -278,13 +288,13 @@ class Descent(nn.Module):
             for block, transformer in level.steps():
                 x = block(x, next(shift))
                 if transformer is not None:
-                    x = transformer(x, keys)
+                    x = transformer(x, reads)
                 skipped.append(x)
             if level.sample is not None:
                 x = level.sample(x)
                 skipped.append(x)
         x = self.middle.first(x, next(shift))
-        x = self.middle.second(self.middle.transformer(x, keys), next(shift))
+        x = self.middle.second(self.middle.transformer(x, reads), next(shift))
         return [*skipped, x]
 
 
@@ -299,15 +309,23 @@ class UNet(Descent):
         self.conv_out = Conv2d(widths[0], config.channels_out, 3, padding=1)
 
     def forward(
-        self, x: Tensor, shifts: Sequence[Tensor], text: Sequence[KeysAndValues], added: Sequence[Tensor] = ()
+        self,
+        x: Tensor,
+        shifts: Sequence[Tensor],
+        text: Sequence[KeysAndValues],
+        added: Sequence[Tensor] = (),
+        pictures: Sequence[KeysAndValues] = (),
     ) -> Tensor:
         """x (b channels_in h w) with `shifts` and `text` of `Prepared.at` -> (b channels_out h w).
 
         Where those were prepared for more rows than x has, x has one, and each of them gets its answer. `added` is what
-        ControlNets add: to each of the skip connections, in the order of the way down, and to the middle.
+        ControlNets add: to each of the skip connections, in the order of the way down, and to the middle. `pictures`
+        is what image prompts give to each cross-attention, where there are some.
         """
-        shift, keys = iter(shifts), iter(text)
-        skipped = self.descend(self.conv_in(x.to(self.conv_in.dtype)), shift, keys)
+        shift = iter(shifts)
+        pictures = pictures or [()] * len(text)
+        reads = (Read(*both) for both in zip(text, pictures, strict=True))
+        skipped = self.descend(self.conv_in(x.to(self.conv_in.dtype)), shift, reads)
         if added:
             skipped = [own + more.to(own.dtype) for own, more in zip(skipped, added, strict=True)]
         x = skipped.pop()
@@ -316,7 +334,7 @@ class UNet(Descent):
             for block, transformer in level.steps():
                 x = block(torch.cat([x, skipped.pop().expand(len(x), -1, -1, -1)], dim=1), next(shift))
                 if transformer is not None:
-                    x = transformer(x, keys)
+                    x = transformer(x, reads)
             if level.sample is not None:
                 # To the size that the way down had here: sides need not be even there.
                 height, width = skipped[-1].shape[-2:]

@@ -7,7 +7,7 @@ family's `Defaults` and returns a `Job`, in which every value is settled. Both c
 from __future__ import annotations
 
 from calotype.request.checks import MAX_COUNT, MAX_PROMPT, MAX_SEED, MAX_SIDE, MAX_STEPS
-from calotype.request.parts import Control, HighRes, Lora, Region
+from calotype.request.parts import Control, HighRes, ImagePrompt, Lora, Region
 from calotype.request.pictures import FINGERPRINT, extended, fingerprint, resized
 from calotype.request.request import SIZES, Defaults, Job, Request
 from calotype.request.size import Size
@@ -23,6 +23,7 @@ __all__ = [
     "Control",
     "Defaults",
     "HighRes",
+    "ImagePrompt",
     "Job",
     "Lora",
     "Region",

@@ -1,4 +1,4 @@
-"""What a request is made of beside single values: regions, passes at higher resolutions.
+"""What a request is made of beside single values: regions, controls, image prompts, passes at higher resolutions.
 
 Each part checks itself when built, and goes to and from plain values as the request does.
 """
@@ -35,7 +35,7 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, tuple):
         items: tuple[Part, ...] = value
         return [item.to_dict() for item in items]
-    return name_of(value) if is_picture(value) else value
+    return name_of(value) if isinstance(value, os.PathLike) or is_picture(value) else value
 
 
 P = TypeVar("P", bound=Part)
@@ -188,3 +188,36 @@ class HighRes(Part):
                     raise RequestError(field, value, "None where nothing is tiled")
         if self.controls is not None:
             object.__setattr__(self, "controls", parts_of(Control, "controls", self.controls))
+
+
+@dataclass(frozen=True)
+class ImagePrompt(Part):
+    """A picture that says what to draw, as a prompt does: its subject, its style.
+
+    model    the IP-Adapter: a file, or org/name/path of a file on the hub
+    image    the picture, or its path; its middle square is what is seen
+    scale    how much it counts
+    encoder  the image encoder that goes with it, a folder or a file; None: image_encoder/ beside the adapter
+    """
+
+    model: str | os.PathLike[str]
+    image: PictureSource
+    scale: float = 1.0
+    encoder: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("model", "encoder"):
+            value = getattr(self, field)
+            if value is None and field == "encoder":
+                continue
+            if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):  # pyright: ignore[reportUnknownArgumentType]
+                raise RequestError(field, value, "the path of a file")
+            object.__setattr__(self, field, os.fspath(value))  # pyright: ignore[reportUnknownArgumentType]
+            text(field, getattr(self, field))
+        picture("image", self.image)
+        real("scale", self.scale, 0, 10)
+
+    @property
+    def networks(self) -> tuple[str, str | None]:
+        """By what its networks are known: model and encoder."""
+        return os.fspath(self.model), None if self.encoder is None else os.fspath(self.encoder)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from calotype.errors import RequestError
 from calotype.request.checks import MAX_COUNT, MAX_SEED, MAX_SIDE, MAX_STEPS, flag, picture, real, text, whole
-from calotype.request.parts import Control, HighRes, Lora, Part, Region, parts_of
+from calotype.request.parts import Control, HighRes, ImagePrompt, Lora, Part, Region, parts_of
 from calotype.request.pictures import (
     Extension,
     extended,
@@ -83,7 +83,7 @@ class Job:
     of the job's own size, `input_name` the path that it came from, or its fingerprint; `mask_image` and `region_masks`
     are grey pictures of that size, white where something is to be drawn. `control_images` are RGB pictures of any size,
     one for each of `controls`, None for the picture that the job begins with; `pass_images` are those of the passes,
-    `pass_tiles` size and stride of their tiles, where they have any.
+    `pass_tiles` size and stride of their tiles, where they have any; `prompt_images` are those of `image_prompts`.
     """
 
     prompt: str
@@ -114,6 +114,8 @@ class Job:
     region_masks: tuple[Image.Image, ...] = ()
     controls: tuple[Control, ...] = ()
     control_images: tuple[Image.Image | None, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
+    prompt_images: tuple[Image.Image, ...] = ()
     pass_images: tuple[tuple[Image.Image | None, ...], ...] = ()
     pass_tiles: tuple[tuple[int, int] | None, ...] = ()
     high_res: tuple[HighRes, ...] = ()
@@ -176,7 +178,7 @@ class Job:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["input_image"] = values.pop("input_name")
         values["mask_image"] = values.pop("mask_name")
-        del values["region_masks"], values["control_images"]
+        del values["region_masks"], values["control_images"], values["prompt_images"]
         del values["pass_images"], values["pass_tiles"]
         return plain(values)
 
@@ -211,6 +213,7 @@ class Request:
     loras              LoRAs (LoCon, DoRA, LoHa, LoKr) to draw with, each with its scale; together they add up
     regions            prompts for places in the picture
     controls           pictures that lead ControlNets
+    image_prompts      pictures that say what to draw, through IP-Adapters
     high_res           passes over the finished picture at higher resolutions, one after another
     tiled              the network sees the picture in overlapping tiles: for sizes that it was not trained for
     tile_size, tile_stride
@@ -245,6 +248,7 @@ class Request:
     loras: tuple[Lora, ...] = ()
     regions: tuple[Region, ...] = ()
     controls: tuple[Control, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
     high_res: tuple[HighRes, ...] = ()
     tiled: bool = False
     tile_size: int | None = None
@@ -295,6 +299,7 @@ class Request:
         object.__setattr__(self, "loras", parts_of(Lora, "loras", self.loras))
         object.__setattr__(self, "regions", parts_of(Region, "regions", self.regions))
         object.__setattr__(self, "controls", parts_of(Control, "controls", self.controls))
+        object.__setattr__(self, "image_prompts", parts_of(ImagePrompt, "image_prompts", self.image_prompts))
         object.__setattr__(self, "high_res", parts_of(HighRes, "high_res", self.high_res))
         if self.extend is not None:
             object.__setattr__(self, "extend", extension("extend", self.extend))
@@ -353,10 +358,11 @@ class Request:
         region_masks: Sequence[Image.Image] = (),
         control_images: Sequence[Image.Image | None] = (),
         pass_images: Sequence[Sequence[Image.Image | None]] | None = None,
+        prompt_images: Sequence[Image.Image] = (),
     ) -> Job:
         """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
 
-        `picture`, `mask`, `region_masks`, `control_images` and those of the passes are the request's, opened. Raises
+        `picture`, `mask` and all images (of masks, controls, passes and prompts) are the request's, opened. Raises
         RequestError for sizes off the grid, samplers or schedules that the family's process does not have, and values
         for what the model has no use for.
         """
@@ -364,6 +370,7 @@ class Request:
         assert (mask is None) == (self.mask_image is None)
         assert len(region_masks) == len(self.regions)
         assert len(control_images) == len(self.controls)
+        assert len(prompt_images) == len(self.image_prompts)
         pass_images = [()] * len(self.high_res) if pass_images is None else pass_images
         assert [len(images) for images in pass_images] == [len(each.controls or ()) for each in self.high_res]
         usual = Size(defaults.width, defaults.height)
@@ -441,6 +448,8 @@ class Request:
             region_masks=tuple(resized(each, Size(width, height)) for each in region_masks),
             controls=self.controls,
             control_images=tuple(control_images),
+            image_prompts=self.image_prompts,
+            prompt_images=tuple(prompt_images),
             pass_images=tuple(tuple(images) for images in pass_images),
             pass_tiles=tuple(pass_tiles),
             high_res=self.high_res,
@@ -474,6 +483,7 @@ _SILENT: dict[str, Any] = {
     "loras": (),
     "regions": (),
     "controls": (),
+    "image_prompts": (),
     "high_res": (),
     "tiled": False,
     "tile_size": None,

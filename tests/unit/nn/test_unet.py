@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from calotype.nn.image_adapter import Places
 from calotype.nn.unet import CrossAttention, ResidualBlock, SelfAttention, UNet, UNetConfig
 
 TINY = UNetConfig(
@@ -73,6 +74,36 @@ def test_one_row_meets_two_prompts(config: UNetConfig, lengths: tuple[int, int])
     for k, text in enumerate(texts):
         own = None if vectors is None else vectors[k : k + 1]
         torch.testing.assert_close(both[k : k + 1], net(x, *net.prepare([text], own, time).at(0)))
+
+
+@pytest.mark.parametrize("lengths", [(7, 7), (7, 14)], ids=["same-length", "another-length"])
+def test_pictures_are_read_beside_text(lengths: tuple[int, int]) -> None:
+    """By both sides of guidance in one pass as in two; one whose values are zero counts for nothing."""
+    net, x, time = random_net(TINY), drawn(1, 4, 8, 8), torch.tensor([301.0])
+    texts = [drawn(1, n, 24, seed=n + k) for k, n in enumerate(lengths)]
+    blocks = [block for block in net.modules() if isinstance(block, CrossAttention)]
+    shapes = [(2, block.heads, 3, block.q.in_features // block.heads) for block in blocks]
+    read = [((drawn(*shape, seed=k), drawn(*shape, seed=k + 50)),) for k, shape in enumerate(shapes)]
+    grouped = [torch.cat(texts)] if lengths[0] == lengths[1] else texts
+    both = net(x, *net.prepare(grouped, None, time).at(0), pictures=read)
+    for row, text in enumerate(texts):
+        own = [((k[row : row + 1], v[row : row + 1]),) for ((k, v),) in read]
+        prepared = net.prepare([text], None, time).at(0)
+        alone = net(x, *prepared, pictures=own)
+        torch.testing.assert_close(both[row : row + 1], alone)
+        assert not torch.allclose(alone, net(x, *prepared), atol=1e-3)
+        nothing = [((k, torch.zeros_like(v)),) for ((k, v),) in own]
+        assert torch.equal(net(x, *prepared, pictures=nothing), net(x, *prepared))
+
+
+@pytest.mark.parametrize("config", [TINY, TOLD], ids=["sd1", "sdxl"])
+def test_places_are_those_of_the_cross_attentions(config: UNetConfig) -> None:
+    places, net = Places.of(config), random_net(config)
+    found = [(block.q.in_features, block.heads) for block in net.modules() if isinstance(block, CrossAttention)]
+    pairs = zip(places.widths, places.heads, strict=True)
+    ordered = places.in_forward_order(tuple((torch.tensor(width), torch.tensor(heads)) for width, heads in pairs))
+    assert [(int(width), int(heads)) for width, heads in ordered] == found
+    assert places.down == sum(isinstance(block, CrossAttention) for block in net.down.modules())
 
 
 def rows_seen(net: UNet, x: Tensor, text: Tensor, vectors: Tensor | None) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from calotype.checkpoint.autoencoders import AUTOENCODER, OLD_ATTENTION, TINY_AUTOENCODER
 from calotype.checkpoint.controlnets import CONTROLNET, HINT_WIDTHS
+from calotype.checkpoint.image_prompts import IMAGE_ADAPTER, POSITIONS, VISION
 from calotype.checkpoint.keys import Extra
 from calotype.checkpoint.text_encoders import CLIP
 from calotype.families.diffusion import (
@@ -28,8 +29,10 @@ from calotype.families.sd1.keys import UNET
 from calotype.families.unets import beside_the_noise, control_misfit
 from calotype.nn.autoencoder import Autoencoder
 from calotype.nn.controlnet import ControlNetConfig
+from calotype.nn.image_adapter import BASE, FullConfig, ImageAdapterConfig, Places, perceiver
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
+from calotype.nn.vision import VIT_H
 from calotype.text.clip import VIT_L, ClipEncoder
 
 
@@ -93,6 +96,14 @@ ORIGINAL_UNET = ManifestPart(part=UNET, layout="original", config=UNET_CONFIG, p
 ORIGINAL_VAE = ManifestPart(part=AUTOENCODER, layout="original", config=VAE, prefix=VAE_PREFIX)
 ORIGINAL_CLIP = ManifestPart(part=CLIP, layout="transformers", config=VIT_L, prefix=CLIP_PREFIX, extras=(POSITION_IDS,))
 CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None)
+ADAPTER = ImageAdapterConfig(
+    seen_width=VIT_H.projection,
+    text_width=UNET_CONFIG.text_width,
+    widths=Places.of(UNET_CONFIG).widths,
+    form=BASE,
+)
+ADAPTER_PLUS = replace(ADAPTER, seen_width=VIT_H.width, form=perceiver(768))
+ADAPTER_FULL = replace(ADAPTER, seen_width=VIT_H.width, form=FullConfig(mlp_width=VIT_H.width))
 ORIGINAL = (ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP)
 BARE_CLIP = replace(ORIGINAL_CLIP, extras=())
 AVERAGES = replace(ORIGINAL_UNET, prefix="model_ema.diffusion_model", undotted=True)
@@ -131,6 +142,10 @@ MANIFESTS = (
     whole("sd1-vae-diffusers-old", AUTOENCODER, "diffusers", VAE, spelt=OLD_ATTENTION),
     whole("sd1-controlnet", CONTROLNET, "original", CONTROL, prefix="control_model."),
     whole("sd1-controlnet-diffusers", CONTROLNET, "diffusers", CONTROL),
+    whole("sd1-ip-adapter", IMAGE_ADAPTER, "base", ADAPTER),
+    whole("sd1-ip-adapter-plus", IMAGE_ADAPTER, "plus", ADAPTER_PLUS),
+    whole("sd1-ip-adapter-full-face", IMAGE_ADAPTER, "full", ADAPTER_FULL),
+    whole("clip-vit-h-image-encoder", VISION, "transformers", VIT_H, extras=(POSITIONS,)),
     whole("taesd-encoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="encoder."),
     whole("taesd-decoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="decoder."),
     whole("taesd-diffusers", TINY_AUTOENCODER, "diffusers-tiny", TINY_VAE),

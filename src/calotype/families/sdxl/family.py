@@ -8,6 +8,7 @@ from typing import Any
 
 from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
 from calotype.checkpoint.controlnets import CONTROLNET, HINT_WIDTHS, PROMAX
+from calotype.checkpoint.image_prompts import IMAGE_ADAPTER, POSITIONS, VISION
 from calotype.checkpoint.keys import Extra
 from calotype.checkpoint.text_encoders import CLIP
 from calotype.families.diffusion import MARKERS, REFUSED_MARKERS, TRAINING, diffusion_of, scheduler_config, suffix
@@ -19,8 +20,11 @@ from calotype.families.sdxl.keys import UNET
 from calotype.families.unets import beside_the_noise, control_misfit
 from calotype.nn.autoencoder import Autoencoder
 from calotype.nn.controlnet import ControlNetConfig
+from calotype.nn.image_adapter import BASE, ImageAdapterConfig, Places, perceiver
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
+from calotype.nn.vision import BIG_G as IMAGE_BIG_G
+from calotype.nn.vision import VIT_H
 from calotype.text.clip import BIG_G, VIT_L, ClipConfig, ClipEncoder
 
 TURBO_MARKER = "denoiser.sigmas"  # in Stability AI's file of SDXL Turbo
@@ -116,6 +120,14 @@ ORIGINAL = (ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP_L, ORIGINAL_CLIP_G)
 SECOND_POSITION_IDS = "transformer.text_model.embeddings.position_ids"
 CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None)
 UNION = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=PROMAX)
+ADAPTER = ImageAdapterConfig(
+    seen_width=IMAGE_BIG_G.projection,
+    text_width=UNET_CONFIG.text_width,
+    widths=Places.of(UNET_CONFIG).widths,
+    form=BASE,
+)
+ADAPTER_VIT_H = replace(ADAPTER, seen_width=VIT_H.projection)
+ADAPTER_PLUS = replace(ADAPTER, seen_width=VIT_H.width, form=perceiver(1280))
 MANIFESTS = (
     Manifest(name="sdxl-base", parts=ORIGINAL),
     Manifest(
@@ -136,6 +148,10 @@ MANIFESTS = (
     whole("sdxl-controlnet-diffusers", CONTROLNET, "diffusers", CONTROL),
     whole("sdxl-controlnet-union", CONTROLNET, "diffusers", replace(UNION, union=replace(PROMAX, kinds=6))),
     whole("sdxl-controlnet-union-promax", CONTROLNET, "diffusers", UNION),
+    whole("sdxl-ip-adapter", IMAGE_ADAPTER, "base", ADAPTER),
+    whole("sdxl-ip-adapter-vit-h", IMAGE_ADAPTER, "base", ADAPTER_VIT_H),
+    whole("sdxl-ip-adapter-plus-vit-h", IMAGE_ADAPTER, "plus", ADAPTER_PLUS),
+    whole("clip-vit-bigg-image-encoder", VISION, "transformers", IMAGE_BIG_G, extras=(POSITIONS,)),
     whole("sdxl-unet-diffusers", UNET, "diffusers", UNET_CONFIG),
     whole("sdxl-unet-diffusers-inpainting", UNET, "diffusers", INPAINTING),
     whole("sdxl-text-encoder", CLIP, "transformers", VIT_L),
