@@ -315,10 +315,10 @@ def test_passes_have_controls_of_their_own(loader: Loader, monkeypatch: pytest.M
 
     stream = loader.model.stream
     monkeypatch.setattr(loader.model, "stream", watched)
-    words = ["--high-res=64x32", "--high-res=96x48", "--high-res-control", "tile=net.pth@0.5"]
+    words = ["--high-res=64x32", "--high-res=96x48", "--high-res-control", "tile=net.pth@0.5", "--high-res-prompt="]
     assert main(["generate", "a fox", *words]) == 0
     led = (Control(kind="tile", model="net.pth", scale=0.5),)
-    assert [each.controls for each in requests[0].high_res] == [led, led]
+    assert [(each.controls, each.prompt) for each in requests[0].high_res] == [(led, ""), (led, "")]
 
 
 def test_the_model_is_loaded_as_asked(loader: Loader, capsys: Said) -> None:

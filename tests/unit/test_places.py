@@ -207,6 +207,17 @@ def test_an_extended_picture_has_its_own_size(apple: Image.Image) -> None:
         one(**FIELDS, input_image=apple, extend=(0, 0, 64, 0), width=256)
 
 
+def test_a_pass_may_draw_another_prompt() -> None:
+    large: dict[str, Any] = {"width": 256, "height": 256, "tiled": True}
+    passes = [HighRes(**large, strength=0.3, prompt=prompt) for prompt in (None, "")]
+    plain, kept = (one(**FIELDS, high_res=[each]) for each in passes)
+    small = one(**FIELDS)
+    again = one(**FIELDS | {"prompt": "", "input_image": small, "denoising_strength": 0.3}, **large)
+    assert np.array_equal(pixels(kept), pixels(again))
+    enlarged = pixels(small.resize((256, 256), Image.Resampling.LANCZOS))
+    assert abs(pixels(kept) - enlarged).mean() < 0.7 * abs(pixels(plain) - enlarged).mean()  # no apple in each tile
+
+
 PLACED: dict[str, Any] = {
     "tiles": {"width": 256, "height": 192, "tiled": True},
     "guided tiles": {"width": 256, "height": 192, "tiled": True, "cfg_scale": 3.0, "cfg_rescale": 0.5},

@@ -123,6 +123,10 @@ def generate(
             "lanczos (or latent, or the file of an ESRGAN) if not given.",
         ),
     ] = None,
+    high_res_prompt: Annotated[
+        str | None,
+        _large("TEXT", 'What the --high-res passes draw. In tiles each draws all of it: "" keeps what is there.'),
+    ] = None,
     high_res_control: Annotated[
         list[str] | None,
         _large(
@@ -208,7 +212,10 @@ def generate(
     else:
         request = Request.from_dict(given)
     if high_res_control:
-        request = _led(request, high_res_control)
+        led = tuple(Control(**values) for values in _controls(high_res_control))
+        request = _passing(request, "high_res_control", ", ".join(high_res_control), controls=led)
+    if high_res_prompt is not None:
+        request = _passing(request, "high_res_prompt", high_res_prompt, prompt=high_res_prompt)
     _check_files(request)
     target = Target.of(out, request.count)
     if preview is not None:
@@ -235,12 +242,11 @@ def generate(
     draw(loaded, request, target, preview, show)
 
 
-def _led(request: Request, texts: list[str]) -> Request:
-    """A request whose passes at higher resolutions have these controls."""
+def _passing(request: Request, option: str, given: str, **values: Any) -> Request:
+    """A request whose passes at higher resolutions all have these values."""
     if not request.high_res:
-        raise RequestError("high_res_control", ", ".join(texts), "None without --high-res")
-    led = tuple(Control(**values) for values in _controls(texts))
-    return replace(request, high_res=tuple(replace(each, controls=led) for each in request.high_res))
+        raise RequestError(option, given, "None without --high-res")
+    return replace(request, high_res=tuple(replace(each, **values) for each in request.high_res))
 
 
 def _check_files(request: Request) -> None:

@@ -154,6 +154,7 @@ class HighRes(Part):
     tile_size, tile_stride
                     pixels a side of a tile, and from one to the next; None: as the request has it
     controls        pictures that lead ControlNets in this pass; None: those of the request
+    prompt          what to draw; None: as the request has it. In tiles it is drawn in each: "" keeps what is there
     """
 
     width: int
@@ -165,6 +166,7 @@ class HighRes(Part):
     tile_size: int | None = None
     tile_stride: int | None = None
     controls: tuple[Control, ...] | None = None
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
         whole("width", self.width, 1, MAX_SIDE)
@@ -186,6 +188,8 @@ class HighRes(Part):
                 whole(field, value, 1, MAX_SIDE)
                 if self.tiled is False:
                     raise RequestError(field, value, "None where nothing is tiled")
+        if self.prompt is not None:
+            text("prompt", self.prompt)
         if self.controls is not None:
             object.__setattr__(self, "controls", parts_of(Control, "controls", self.controls))
 

@@ -143,6 +143,7 @@ class Job:
         own = {name: self.width if name.endswith("width") else self.height for name in grown}
         return replace(
             self,
+            prompt=self.prompt if stage.prompt is None else stage.prompt,
             width=size.width,
             height=size.height,
             steps=stage.steps or self.steps,
