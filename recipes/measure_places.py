@@ -123,10 +123,13 @@ def placing(draw: Draw, judge: Judge, library: Library, count: int) -> dict[str,
     }
 
 
-def enlarged(draw: Draw, prompt: str, seed: int, strength: float, side: int = 1024) -> Image.Image:
-    """128 to 256, 512, ... `side`, in tiles of the model's own size."""
+def enlarged(
+    draw: Draw, prompt: str, seed: int, strength: float, side: int = 1024, *, again: str | None = ""
+) -> Image.Image:
+    """128 to 256, 512, ... `side`, in tiles of the model's own size; `again` is what they draw, None for the prompt."""
     sides = [256 << k for k in range((side // 256).bit_length())]
-    passes = [{"width": n, "height": n, "strength": strength, "steps": 3, "tiled": True} for n in sides]
+    own = {"strength": strength, "steps": 3, "tiled": True, "prompt": again}
+    passes = [{"width": n, "height": n, **own} for n in sides]
     tiles = {"tile_size": SIDE, "tile_stride": 96}
     return draw(prompt, seed=seed, cfg_scale=1.0, high_res=passes, **tiles)
 
@@ -138,7 +141,11 @@ def identity(draw: Draw, judge: Judge, library: Library, names: Sequence[str], s
         row = library.rows[name]
         thing = library.objects[row]
         first = draw(phrase(thing), seed=1, cfg_scale=1.0)
-        made = {f"strength {value}": enlarged(draw, phrase(thing), 1, value, side) for value in STRENGTHS}
+        made = {
+            f"strength {value}, {said}": enlarged(draw, phrase(thing), 1, value, side, again=again)
+            for said, again in (("no prompt", ""), ("the same prompt", None))
+            for value in STRENGTHS
+        }
         made["lanczos"] = first.resize((side, side), Image.Resampling.LANCZOS)
         for way, picture in made.items():
             entry = found.setdefault(way, {"psnr": [], "named": []})
@@ -163,7 +170,7 @@ def main() -> None:
     judge = load_judge(given.data, library)
     draw: Any = calotype.load().generate
     wanted = given.only or ("inpainting", "regions", "high_res")
-    named = ("apple", "penguin", "car")
+    named = ("apple", "penguin", "car", "crown", "dog", "guitar")
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "inpainting": lambda: inpainting(draw, judge, library, given.count),
         "regions": lambda: placing(draw, judge, library, given.count),

@@ -119,17 +119,22 @@ OURS: dict[str, tuple[str | None, str | None, str, str, str]] = {
     "kolors-vae": (None, None, "diffusers", "vae", VAES),
 }
 
-# manifest of a ControlNet: family, as far as its names tell it
-CONTROLS: dict[str, str | None] = {
-    "sd1-controlnet": "sd1",
-    "sd1-controlnet-diffusers": "sd1",
-    "sdxl-controlnet-diffusers": "sdxl",
-    "sdxl-controlnet-union": "sdxl",
-    "sdxl-controlnet-union-promax": "sdxl",
-    "kolors-controlnet": "sdxl",  # its names are SDXL's
+# manifest of a ControlNet: the family that it is told of, and what else is said
+CONTROLS: dict[str, tuple[str, str]] = {
+    "sd1-controlnet": ("sd1", "for Stable Diffusion 1.x;"),
+    "sd1-controlnet-diffusers": ("sd1", "for Stable Diffusion 1.x;"),
+    "sdxl-controlnet-diffusers": ("sdxl", "for SDXL and Kolors;"),
+    "sdxl-controlnet-union": ("sdxl", "a union, which must be told one of openpose, pose, depth"),
+    "sdxl-controlnet-union-promax": ("sdxl", "a union, which must be told one of openpose, pose, depth"),
+    "kolors-controlnet": ("kolors", "for Kolors;"),
+    "flux-controlnet-union": ("flux", "a union, which must be told one of canny, tile, depth"),
+    "flux-controlnet-jasperai": ("flux", "for FLUX.1;"),
+    "flux-controlnet-liblib": ("flux", "for FLUX.1;"),
+    "flux-controlnet-shakker-depth": ("flux", "for FLUX.1;"),
+    "flux-controlnet-inpainting": ("flux", "for inpainting, with a mask_image; for FLUX.1;"),
 }
 
-# manifest of what image prompts need: kind, family, what is said of it
+
 IMAGE_PROMPTS: dict[str, tuple[str, str | None, str]] = {
     "sd1-ip-adapter": ("ip_adapter", "sd1", "base, for Stable Diffusion 1.x; goes with a model"),
     "sd1-ip-adapter-plus": ("ip_adapter", "sd1", "plus, for Stable Diffusion 1.x; goes with a model"),
@@ -144,7 +149,8 @@ IMAGE_PROMPTS: dict[str, tuple[str, str | None, str]] = {
 
 def test_every_manifest_of_these_families_is_here() -> None:
     names = {item.name for family in (SD1, SDXL, KOLORS) for item in family.manifests}
-    assert set(OURS) | set(CONTROLS) | set(IMAGE_PROMPTS) == names
+    controls = {name for name in CONTROLS if not name.startswith("flux")}
+    assert set(OURS) | controls | set(IMAGE_PROMPTS) == names
 
 
 @pytest.mark.parametrize("name", IMAGE_PROMPTS)
@@ -169,7 +175,9 @@ def test_an_adapter_of_faces_is_no_lora(tmp_path: Path) -> None:
 def test_a_controlnet_is_told_from_a_model(tmp_path: Path, name: str) -> None:
     path = header_only(tmp_path / "x.safetensors", known(name))
     seen = describe(path)
-    assert (seen.kind, seen.family, seen.supported) == ("controlnet", CONTROLS[name], False)
+    family, note = CONTROLS[name]
+    assert (seen.kind, seen.family, seen.supported) == ("controlnet", family, False)
+    assert note in seen.note
     with pytest.raises(NotAModel, match=r"ControlNet.*give the model itself"):
         load(path)
 

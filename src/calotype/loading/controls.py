@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from calotype.checkpoint.detect import detect
-from calotype.checkpoint.layouts import Found, Part
+from calotype.checkpoint.files import Weights
+from calotype.checkpoint.layouts import Found, Part, Settings
 from calotype.checkpoint.sources import open_source
 from calotype.errors import LoadError, RequestError, UnknownModel, UnsupportedModel, WrongShape
 from calotype.families import FAMILIES
@@ -35,7 +36,7 @@ def load_control(source: str, model: FamilyModel[Any], dtype: torch.dtype | None
     if found.part is family.controls.part:
         misfit = family.controls.misfit(config, model.backbone.config)
     if misfit is not None:
-        fits = " and ".join(each.title for each in FAMILIES if _fits(found.part, config, each)) or "no family here"
+        fits = " and ".join(each.title for each in fitting(found.part, config)) or "no family here"
         raise WrongShape(f"{source}: a ControlNet for {fits}: {misfit}; give one that was trained for {model.family}")
     network = attached(found, config, model, dtype)
     assert isinstance(network, Leader)
@@ -47,19 +48,31 @@ def _found(source: str) -> Found[Any]:
     if len(opened.groups) != 1:
         raise LoadError(f"{source}: {len(opened.groups)} files of tensors; name the one that is the ControlNet")
     group = opened.groups[0]
-    shapes = group.weights.shapes
-    parts = dict.fromkeys(family.controls.part for family in FAMILIES if family.controls is not None)
-    for part in parts:
-        for layout in part.layouts:
-            for prefix in layout.signature.prefixes(shapes):
-                entries = {key[len(prefix) :]: entry for key, entry in group.weights.items() if key.startswith(prefix)}
-                return Found(part, layout, prefix, type(group.weights)(source, entries), group.settings)
+    found = control_in(group.weights, group.settings)
+    if found is not None:
+        return found
     attachment = detect(group.weights, (), (), {}).attachment
     if attachment is not None and attachment.kind == "controlnet":
         raise UnsupportedModel(f"{source}: {attachment.title}, which does not run here yet")
     what = "no ControlNet" if attachment is None else f"{attachment.title}, and no ControlNet"
     titles = ", ".join(family.title for family in FAMILIES if family.controls is not None)
     raise UnknownModel(f"{source}: {what}; give a ControlNet of one of {titles}")
+
+
+def control_in(weights: Weights, settings: Settings) -> Found[Any] | None:
+    """The ControlNet that these tensors are; None for others, and for those that do not run here."""
+    parts = dict.fromkeys(family.controls.part for family in FAMILIES if family.controls is not None)
+    for part in parts:
+        for layout in part.layouts:
+            for prefix in layout.signature.prefixes(weights.shapes):
+                entries = {key[len(prefix) :]: entry for key, entry in weights.items() if key.startswith(prefix)}
+                return Found(part, layout, prefix, type(weights)(weights.source, entries), settings)
+    return None
+
+
+def fitting(part: Part[Any], config: Any) -> list[Family]:  # noqa: ANN401
+    """The families whose published models a ControlNet fits."""
+    return [family for family in FAMILIES if _fits(part, config, family)]
 
 
 def _fits(part: Part[Any], config: Any, family: Family) -> bool:  # noqa: ANN401

@@ -15,11 +15,14 @@ from calotype.errors import LoadError, MissingKeys, UnexpectedKeys, UnsupportedM
 from calotype.families import FAMILIES
 from calotype.families.adapters import fitting
 from calotype.families.family import Family, Role
+from calotype.loading.controls import control_in
+from calotype.loading.controls import fitting as fitting_control
 from calotype.loading.gather import Item, Opened, choose, gather
 from calotype.loading.image_prompts import adapter_in
 from calotype.loading.image_prompts import fitting as fitting_adapter
 from calotype.loading.refusals import damage, fragment, refuse_damaged, takers_of
 from calotype.lora.files import summary
+from calotype.nn.leader import Leader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,9 @@ def describe(source: str | os.PathLike[str]) -> Description:
             known_family = attachment.family
             if attachment.kind == "ip_adapter":
                 note = f"{_adapter(item.detected.weights)}{note}"
+            if attachment.kind == "controlnet":
+                known_family, what = _control(item)
+                note = f"{what}{note}"
             if attachment.kind == "lora":
                 note = f"{summary(item.detected.weights)}; {note}"
                 known_family = known_family or next(iter(fitting(item.detected.weights)), None)
@@ -120,9 +126,32 @@ def _use(kind: str) -> str:
     """What to do with something that goes with a model."""
     if kind == "embedding":
         return "; give it beside one, and write its file's name in a prompt"
+    if kind == "controlnet":
+        return "; lead it by a picture: --control, or a request's controls"
     if kind == "ip_adapter":
         return "; draw with it and a picture: --image-prompt, or a request's image_prompts"
     return "; attach it with --lora, or Model.attach" if kind == "lora" else ""
+
+
+def _control(item: Item) -> tuple[str | None, str]:
+    """The family of a ControlNet, and what it is."""
+    attachment = item.detected.attachment
+    assert attachment is not None
+    found = control_in(item.group.weights, item.group.settings)
+    if found is None:
+        return attachment.family, "does not run here yet; "
+    try:
+        config = found.config()
+        families = fitting_control(found.part, config)
+        network, _ = found.bind(config)
+    except LoadError as error:
+        return attachment.family, f"does not load: {error}; "
+    assert isinstance(network, Leader)
+    what = f"a union, which must be told one of {', '.join(network.kinds)}; " if network.count else ""
+    what += "for inpainting, with a mask_image; " if network.sees == "masked" else ""
+    names = [family.name for family in families]
+    own = attachment.family if attachment.family in names or not names else names[0]
+    return own, f"{what}for {' and '.join(family.title for family in families) or 'no family here'}; "
 
 
 def _adapter(weights: Weights) -> str:
