@@ -1,4 +1,4 @@
-"""What every family's model can do; `generate.py` needs no more than this."""
+"""What every family's model can do; `calotype.generate` needs no more than this."""
 
 from __future__ import annotations
 

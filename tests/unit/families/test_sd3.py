@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -335,14 +335,15 @@ CLIP_G = replace(tiny.CLIP, width=24, projection=24, heads=3)
 T5 = replace(tiny.T5, width=48)
 
 
-def model(*roles: str) -> Sd3Model:
-    """A tiny model with these encoders: clip_l, clip_g, t5."""
+def model(*roles: str, words: Mapping[str, str] | None = None) -> Sd3Model:
+    """A tiny model with these encoders: clip_l, clip_g, t5. `words` are new ones that mean the same as known ones."""
 
     def clip(seed: int, role: str) -> ClipReader | None:
         encoder = ClipEncoder(CLIP_L if role == "clip_l" else CLIP_G)
         tiny.scattered(encoder, seed)
         reader = PromptTokenizer(tiny.tokenizer(), start=3, end=1, padding=0)
-        return ClipReader(encoder, reader, {}) if role in roles else None
+        known = {new: encoder.tokens.weight.detach()[reader(old, 3)[0, 1:2]] for new, old in (words or {}).items()}
+        return ClipReader(encoder, reader, known) if role in roles else None
 
     t5 = T5Encoder(T5)
     tiny.scattered(t5, 3)
@@ -422,6 +423,16 @@ def test_emphasis_is_for_the_clips_and_t5_reads_the_prompt_as_it_stands() -> Non
         ids = made.t5.tokenizer(weighted, 7)
         assert torch.equal(emphasised["t5"], made.t5.encoder(ids))
     assert not torch.equal(plain["t5"], emphasised["t5"])
+
+
+def test_textual_inversion_is_read_by_both_clips() -> None:
+    """A word whose vectors are those of another says the same to them; T5 reads it as it stands."""
+    made = model(*ALL, words={"reynard": "fox"})
+    new, old = (conditioned(made, f"a red {word} in the snow") for word in ("reynard", "fox"))
+    for name in ("clip_l", "clip_g"):
+        assert torch.equal(where(new.text)[name], where(old.text)[name])
+    assert torch.equal(new.pooled, old.pooled)
+    assert not torch.equal(where(new.text)["t5"], where(old.text)["t5"])
 
 
 def drawn(given: Sd3Model, prompt: str = PROMPT, *, batched: bool = True, **fields: object) -> Image.Image:
