@@ -156,6 +156,20 @@ def test_sdxl(tmp_path: Path) -> None:
     assert_same(ours(tmp_path / "sdxl", [control(tmp_path / "a", 1, scale=0.6)]), reference)
 
 
+@pytest.mark.parametrize("size", ["small", "mid"])
+def test_smaller_ones_of_sdxl(size: str, tmp_path: Path) -> None:
+    """As diffusers/controlnet-depth-sdxl-1.0-small and -mid: without attention, or with less of it."""
+    parts = sdxl(tmp_path / "sdxl").components
+    whole = dict(ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=HINTS).config)
+    own: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D"}
+    if size == "mid":
+        own = {"transformer_layers_per_block": (1,) * 3}
+    network = made(ControlNetModel.from_config({**whole, **own}), 7, tmp_path / "a")
+    pipeline = StableDiffusionXLControlNetPipeline(**parts, controlnet=network, add_watermarker=False)
+    reference = theirs(pipeline, {"image": picture(1)}, controlnet_conditioning_scale=0.6)
+    assert_same(ours(tmp_path / "sdxl", [control(tmp_path / "a", 1, scale=0.6)]), reference)
+
+
 @pytest.mark.parametrize(("kind", "number"), [("none:depth", 1), ("none:canny", 3), ("none:tile", 6)])
 def test_union(kind: str, number: int, tmp_path: Path) -> None:
     parts = sdxl(tmp_path / "sdxl").components

@@ -32,6 +32,7 @@ def _attention_rules(theirs: str, ours: str, config: UNetConfig) -> Iterator[Rul
 
 OURS = ("norm1", "conv1", "time", "norm2", "conv2", "shortcut")
 ORIGINAL_RESIDUAL = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
+SDXL_TEXT = 2048  # width of what SDXL's cross-attention reads
 DIFFUSERS_RESIDUAL = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
 
 
@@ -155,6 +156,8 @@ def original_config(evidence: Evidence, conv_out: str = "out.2") -> UNetConfig:
 
 
 def diffusers_config(evidence: Evidence, conv_out: str = "conv_out") -> UNetConfig:
+    # SDXL's small ControlNets attend to nothing; they are told the text only in its pooled form.
+    small = not any(".attentions." in key or key.startswith("mid_block.resnets.1.") for key in evidence.weights)
     evidence.require(
         act_fn="silu",
         norm_num_groups=32,
@@ -173,7 +176,7 @@ def diffusers_config(evidence: Evidence, conv_out: str = "conv_out") -> UNetConf
         downsample_padding=1,
         conv_in_kernel=3,
         conv_out_kernel=3,
-        mid_block_type="UNetMidBlock2DCrossAttn",
+        mid_block_type="UNetMidBlock2D" if small else "UNetMidBlock2DCrossAttn",
     )
     levels = range(evidence.count("down_blocks.{i}."))
     depths = [evidence.count(f"down_blocks.{i}.attentions.0.transformer_blocks.{{i}}.") for i in levels]
@@ -187,6 +190,7 @@ def diffusers_config(evidence: Evidence, conv_out: str = "conv_out") -> UNetConf
         conv_in="conv_in",
         conv_out=conv_out,
         vector="add_embedding.linear_1",
+        unread=evidence.number("cross_attention_dim", SDXL_TEXT) if small else None,
     )
 
 
@@ -201,8 +205,10 @@ def _config(
     conv_in: str,
     conv_out: str,
     vector: str,
+    unread: int | None = None,
 ) -> UNetConfig:
-    text_width = evidence.size(f"{attention}.transformer_blocks.0.attn2.to_k.weight", 1)
+    """`unread` is the width of a text that no layer attends to."""
+    text_width = unread or evidence.size(f"{attention}.transformer_blocks.0.attn2.to_k.weight", 1)
     text_in = "encoder_hid_proj.weight"
     return UNetConfig(
         channels_in=evidence.size(f"{conv_in}.weight", 1),
@@ -216,7 +222,7 @@ def _config(
         text_width_in=evidence.size(text_in, 1) if text_in in evidence.weights else None,
         vector_width=evidence.size(f"{vector}.weight", 1) if f"{vector}.weight" in evidence.weights else None,
         size_width=evidence.number("addition_time_embed_dim", 256),
-        convolved=len(evidence.weights[f"{attention}.proj_in.weight"].shape) == 4,
+        convolved=unread is None and len(evidence.weights[f"{attention}.proj_in.weight"].shape) == 4,
     )
 
 

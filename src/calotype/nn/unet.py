@@ -207,12 +207,16 @@ class UpLevel(Level):
 
 
 class Middle(nn.Module):
+    """What lies between the ways down and up; in small ControlNets one residual block alone."""
+
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         width, time_width = config.widths[-1], 4 * config.widths[0]
         self.first = ResidualBlock(width, width, time_width)
-        self.transformer = Transformer(width, config.heads[-1], config.text_width, config.middle_depth)
-        self.second = ResidualBlock(width, width, time_width)
+        self.transformer = self.second = None
+        if config.middle_depth:
+            self.transformer = Transformer(width, config.heads[-1], config.text_width, config.middle_depth)
+            self.second = ResidualBlock(width, width, time_width)
 
 
 class Descent(nn.Module):
@@ -294,7 +298,8 @@ class Descent(nn.Module):
                 x = level.sample(x)
                 skipped.append(x)
         x = self.middle.first(x, next(shift))
-        x = self.middle.second(self.middle.transformer(x, reads), next(shift))
+        if self.middle.transformer is not None and self.middle.second is not None:
+            x = self.middle.second(self.middle.transformer(x, reads), next(shift))
         return [*skipped, x]
 
 
