@@ -87,7 +87,8 @@ def _unet(
             x = make.conv(level.sample, x)
             skipped.append(x)
     x = _residual(make, net.middle.first, x, next(shift))
-    x = _residual(make, net.middle.second, _transformer(make, net.middle.transformer, x, keys), next(shift))
+    if net.middle.transformer is not None and net.middle.second is not None:
+        x = _residual(make, net.middle.second, _transformer(make, net.middle.transformer, x, keys), next(shift))
     for level in net.up:
         assert isinstance(level, unet.UpLevel)
         for block, transformer in level.steps():

@@ -213,7 +213,8 @@ class Middle(nn.Module):
         super().__init__()
         width, time_width = config.widths[-1], 4 * config.widths[0]
         self.first = ResidualBlock(width, width, time_width)
-        self.transformer = self.second = None
+        self.transformer: Transformer | None = None
+        self.second: ResidualBlock | None = None
         if config.middle_depth:
             self.transformer = Transformer(width, config.heads[-1], config.text_width, config.middle_depth)
             self.second = ResidualBlock(width, width, time_width)
