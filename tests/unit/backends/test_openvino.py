@@ -186,6 +186,7 @@ def test_a_layer_of_another_kind_is_refused() -> None:
 
     net = unet()
     x, given = noise(1, 4, 8, 8), prepared(net, (2, 6))
+    assert net.middle.transformer is not None
     net.middle.transformer.inward = Adapted(64, 64)  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RequestError, match="Adapted stands for Linear"):
         OpenVinoUNet(net)(x, *given.at(0))
