@@ -132,6 +132,9 @@ def main() -> None:
     arguments.add_argument("--folder", type=Path, required=True, help="where the model is kept between runs")
     arguments.add_argument("--steps", type=int, default=2)
     arguments.add_argument("--side", type=int, help="else the model's own")
+    arguments.add_argument("--cfg-scale", type=float, help="else the model's own")
+    arguments.add_argument("--tile", type=int, metavar="PIXELS", help="diffuse in tiles of this size")
+    arguments.add_argument("--stride", type=int, metavar="PIXELS", help="of tiles; else their size less an eighth")
     arguments.add_argument("--memory", default="auto", help="auto, resident, components or stream")
     arguments.add_argument("--storage", nargs="*", default=[], metavar="PART=TYPE", help="as chatglm=int4")
     arguments.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -146,6 +149,9 @@ def main() -> None:
     own = given.folder / given.model  # tokenizers of one name differ between models
     for name, written in model.tokenizers.items():
         written(own / name)
+    more = {} if given.cfg_scale is None else {"cfg_scale": given.cfg_scale}
+    if given.tile is not None:
+        more |= {"tiled": True, "tile_size": given.tile, "tile_stride": given.stride or given.tile * 7 // 8}
     told = {
         "sources": [str(given.folder / name) for name in model.files] + [str(own / name) for name in model.tokenizers],
         "picture": str(given.folder / "picture.png"),
@@ -153,6 +159,7 @@ def main() -> None:
         "steps": given.steps,
         "device": given.device,
         "budget": given.budget,
+        "more": more,
         "memory": given.memory,
         "storage": dict(item.split("=", 1) for item in given.storage),
     }
@@ -164,7 +171,8 @@ def main() -> None:
         "arithmetic": arithmetic("bfloat16") if given.device == "cpu" else "bfloat16",
         "versions": versions("torch"),
         "commit": commit(),
-        "model": f"{model.title}, {side}x{side}, bfloat16, random weights, {given.steps} steps",
+        "model": f"{model.title}, {side}x{side}, bfloat16, random weights, {given.steps} steps"
+        + (f", tiles of {more['tile_size']} every {more['tile_stride']}" if given.tile else ""),
         "weights GB": sum((given.folder / name).stat().st_size for name in model.files) / 1e9,
         "measured": one.measured,
         "seen": one.seen,
@@ -172,6 +180,7 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if given.save:
         stored = "".join(f"-{item.replace('=', '-')}" for item in given.storage)
+        stored += "-tiled" if given.tile else ""
         stored += "" if given.memory == "auto" else f"-{given.memory}"
         stored += "" if given.budget is None else f"-{given.budget:g}GB"
         print(f"kept in {keep(f'{given.model}-full-size-{side}{stored}-{given.device}.json', result)}")

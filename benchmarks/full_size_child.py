@@ -58,7 +58,12 @@ def main(told: dict[str, Any]) -> None:
     for name in spent:
         setattr(model.family, name, timed(name))
     request = calotype.Request(
-        prompt="a red fox in the snow", width=told["side"], height=told["side"], steps=told["steps"], seed=7
+        prompt="a red fox in the snow",
+        width=told["side"],
+        height=told["side"],
+        steps=told["steps"],
+        seed=7,
+        **told["more"],
     )
     marks: list[float] = []
     between = 0.0

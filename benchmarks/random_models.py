@@ -88,6 +88,23 @@ def sd1(folder: Path, dtype: torch.dtype) -> Path:
     return file
 
 
+def sd1_control(folder: Path, dtype: torch.dtype) -> Path:
+    """A ControlNet for Stable Diffusion 1.5 in diffusers' layout, by diffusers; its folder.
+
+    Its weights are as diffusers begins with; the layers that training starts at zero are small, so that it is seen.
+    """
+    if not (folder / "config.json").exists():
+        from diffusers import ControlNetModel
+
+        torch.manual_seed(2)
+        network = ControlNetModel(cross_attention_dim=768)
+        for name, weight in network.named_parameters():
+            if not weight.any() and weight.ndim > 1 or name.startswith("controlnet_"):
+                torch.nn.init.normal_(weight, std=0.02 / math.sqrt(weight[0].numel()))
+        network.to(dtype).save_pretrained(folder)
+    return folder
+
+
 def as_diffusers(folder: Path, out: Path) -> Path:
     """The model in a folder, in diffusers' layout, by our own conversion: the same numbers, bit for bit."""
     if not (out / "model_index.json").exists():

@@ -33,6 +33,8 @@ class Settings:
     threads: int
     cfg_scale: float = 7.5
     seed: int = 7
+    control: str = ""  # a ControlNet in diffusers' layout, where the picture shall be led
+    hint: str = ""  # and by what
     more: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,6 +56,7 @@ def calotype(settings: Settings, times: Times, backend: str | None = None) -> No
         steps=settings.steps + 1,
         cfg_scale=settings.cfg_scale,
         seed=settings.seed,
+        controls=(calotype.Control("none", settings.control, settings.hint),) if settings.control else (),
     )
     for event in model.stream(request):
         if isinstance(event, calotype.Picture):
@@ -69,12 +72,19 @@ def calotype_openvino(settings: Settings, times: Times) -> None:
 
 def diffusers(settings: Settings, times: Times) -> None:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+    from PIL import Image
 
     torch.set_num_threads(settings.threads)
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        settings.folder, torch_dtype=getattr(torch, settings.dtype), safety_checker=None, feature_extractor=None
-    )
+    dtype = getattr(torch, settings.dtype)
+    chosen: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None, "feature_extractor": None}
+    led: dict[str, Any] = {}
+    if settings.control:
+        network = ControlNetModel.from_pretrained(settings.control, torch_dtype=dtype)
+        pipeline = StableDiffusionControlNetPipeline.from_pretrained(settings.folder, controlnet=network, **chosen)
+        led["image"] = Image.open(settings.hint)
+    else:
+        pipeline = StableDiffusionPipeline.from_pretrained(settings.folder, **chosen)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.encode_prompt = times.reading(pipeline.encode_prompt)
     pipeline.vae.decode = times.decoding(pipeline.vae.decode)
@@ -92,6 +102,7 @@ def diffusers(settings: Settings, times: Times) -> None:
         guidance_scale=settings.cfg_scale,
         generator=torch.Generator().manual_seed(settings.seed),
         callback_on_step_end=mark,
+        **led,
     )
     times.end = clock()
     drawn.images[0].save(settings.picture)

@@ -6,6 +6,7 @@ Every contestant draws a picture under classifier-free guidance (7.5), in a proc
 and with OpenVINO, diffusers, diffusers' networks converted to OpenVINO, and stable-diffusion.cpp (in an interpreter
 that has stable_diffusion_cpp). The weights are written once in FOLDER, as one file and in diffusers' layout (13 GB in
 float32, OpenVINO's graphs included). OpenVINO computes in float32 whatever the dtype: weights are widened once.
+With --control, Calotype (torch) and diffusers are led by a ControlNet of the real size, random too.
 
 Ratios are Calotype's (torch) over the peer's: below 1 is in Calotype's favour.
 """
@@ -27,7 +28,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from measuring import Run, arithmetic, command, commit, keep, machine, picture_difference, run, versions
-from random_models import as_diffusers, sd1
+from PIL import Image, ImageDraw
+from random_models import as_diffusers, sd1, sd1_control
 from sd1_contestants import Settings
 
 import calotype
@@ -43,6 +45,7 @@ SECONDS = (
     "picture in all",
 )
 MEMORY = ("peak GiB", "peak anonymous GiB")
+LED = ("calotype", "diffusers")  # contestants that --control is asked of
 SAME_NOISE = ("calotype-openvino", "diffusers", "openvino")  # and the same solver: their pictures must agree
 
 
@@ -68,10 +71,12 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=os.cpu_count())
     arguments.add_argument("--sdcpp", metavar="PYTHON", help="an interpreter that has stable_diffusion_cpp")
     arguments.add_argument("--only", nargs="+", metavar="NAME", help="contestants to run; else all that are installed")
+    arguments.add_argument("--control", action="store_true", help="draw with a ControlNet")
     arguments.add_argument("--patience", type=float, default=180, help="seconds to wait for a quiet machine")
     arguments.add_argument("--save", action="store_true", help="keep the result under benchmarks/results")
     given = arguments.parse_args()
     names = [name for name in present(given.sdcpp) if given.only is None or name in given.only]
+    names = [name for name in names if name in LED or not given.control]
     settings = prepare(given)
     converted: Run | None = None
     if "openvino" in names and not (Path(settings.graphs) / "decoder.xml").exists():
@@ -92,7 +97,8 @@ def main() -> None:
         | {"openvino": importlib.util.find_spec("openvino") and openvino_version()}
         | ({"stable-diffusion.cpp": sdcpp_version(given.sdcpp)} if "sd.cpp" in names else {}),
         "commit": commit(),
-        "model": f"Stable Diffusion 1.5, {given.side}x{given.side}, {given.dtype}, random weights, cfg 7.5",
+        "model": f"Stable Diffusion 1.5, {given.side}x{given.side}, {given.dtype}, random weights, cfg 7.5"
+        + (", a ControlNet" if given.control else ""),
     }
     result |= {name: summary(of) for name, of in runs.items()}
     if converted is not None:
@@ -108,7 +114,8 @@ def main() -> None:
     result["runs"] = {name: [one.measured | one.seen for one in of] for name, of in runs.items()}
     show(result, names)
     if given.save:
-        print(f"kept in {keep(f'sd1-{given.side}-{given.dtype}-cpu.json', result)}")
+        led = "control-" if given.control else ""
+        print(f"kept in {keep(f'sd1-{led}{given.side}-{given.dtype}-cpu.json', result)}")
 
 
 def prepare(given: argparse.Namespace) -> Settings:
@@ -118,6 +125,11 @@ def prepare(given: argparse.Namespace) -> Settings:
     folder = as_diffusers(single, given.folder / f"sd1-{given.dtype}-diffusers")
     graphs = given.folder / f"sd1-{given.dtype}-{given.side}-openvino"
     graphs.mkdir(exist_ok=True)
+    control = hint = ""
+    if given.control:
+        control = str(sd1_control(given.folder / f"sd1-{given.dtype}-control", getattr(torch, given.dtype)))
+        hint = str(given.folder / f"hint-{given.side}.png")
+        lines(given.side).save(hint)
     return Settings(
         file=str(file),
         folder=str(folder),
@@ -128,7 +140,18 @@ def prepare(given: argparse.Namespace) -> Settings:
         side=given.side,
         steps=given.steps,
         threads=given.threads,
+        control=control,
+        hint=hint,
     )
+
+
+def lines(side: int) -> Image.Image:
+    """A hint: white circles on black."""
+    picture = Image.new("RGB", (side, side))
+    pen = ImageDraw.Draw(picture)
+    for radius in range(side // 16, side // 2, side // 8):
+        pen.circle((side / 2, side / 2), radius, outline="white", width=2)
+    return picture
 
 
 def summary(runs: list[Run]) -> dict[str, dict[str, float]]:
