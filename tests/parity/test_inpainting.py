@@ -12,11 +12,13 @@ import tiny_sd3
 import tiny_unets
 import torch
 from diffusers import (
+    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FluxFillPipeline,
     FluxInpaintPipeline,
     StableDiffusion3InpaintPipeline,
+    StableDiffusionControlNetInpaintPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLInpaintPipeline,
 )
@@ -24,6 +26,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image, ImageDraw
 
 import calotype
+from calotype.errors import RequestError
 from calotype.generate import Picture, stream
 from calotype.request import Request
 
@@ -150,3 +153,35 @@ def test_flux_fill(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> N
 
 def white() -> Image.Image:
     return Image.new("L", (SIDE, SIDE), 255)
+
+
+def test_a_controlnet_that_is_shown_what_the_mask_leaves(
+    tmp_path: Path, picture: Image.Image, mask: Image.Image
+) -> None:
+    """ControlNet 1.1's, beside a UNet that takes the mask too; the peer is given what its docs make."""
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    built = tiny_unets.sd1(tmp_path / "sd1", scheduler, in_channels=9)
+    network = ControlNetModel.from_unet(
+        tiny_unets.unet(sdxl=False), conditioning_embedding_out_channels=(8, 12, 16, 24)
+    )
+    tiny_flux.randomised(network, 7, spread=0.12)
+    network.save_pretrained(tmp_path / "control")
+    pipeline = StableDiffusionControlNetInpaintPipeline(
+        **built.components, controlnet=network, requires_safety_checker=False
+    )
+    shown = torch.tensor(np.asarray(picture)).movedim(2, 0)[None] / 255
+    shown[:, :, np.asarray(mask) > 127] = -1
+    peer = theirs(
+        pipeline,
+        picture,
+        mask,
+        strength=1.0,
+        guidance_scale=3.0,
+        control_image=shown,
+        controlnet_conditioning_scale=1.0,
+    )
+    led = {"controls": [{"kind": "inpaint", "model": str(tmp_path / "control")}]}
+    mine = ours(tmp_path / "sd1", picture, mask, **led)
+    assert_same(mine, peer, ours(tmp_path / "sd1", picture, white(), **led))
+    with pytest.raises(RequestError, match="this one was made for inpainting"):
+        calotype.load(tmp_path / "sd1").generate(PROMPT, input_image=picture, **led)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from calotype.errors import RequestError
 from calotype.nn.leader import Leader
+
+INPAINT = "inpaint"
+"""The kind of a picture of which the job's mask takes away what is to be drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +34,14 @@ class Hint:
     def leads(self, step: int, steps: int) -> bool:
         """Whether the network adds anything at this step, from 0."""
         return self.scale != 0 and step / steps >= self.start and (step + 1) / steps <= self.end
+
+
+def without_masked(network: Leader, picture: Tensor, mask: Tensor) -> Tensor:
+    """What a network of the kind "inpaint" sees: a picture (b 3 h w in 0..1) with blanks where a mask (b 1 h w) is 1.
+
+    ControlNet 1.1's has learned -1 for them, xinsir's union black.
+    """
+    return torch.where(mask > 0.5, network.blank, picture)
 
 
 def kind_of(network: Leader, kind: str, field: str) -> int | None:

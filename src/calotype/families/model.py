@@ -91,8 +91,7 @@ class FamilyModel(ABC, Generic[C]):
             return picture
         if network.sees == "latents":
             return self.encode(picture)
-        if mask is None:
-            raise RequestError("mask_image", None, "a mask: one of the ControlNets was made for inpainting")
+        assert mask is not None  # without one a job is refused
         mask = (mask > 0.5).float()
         latents = self.encode(picture * (1 - mask))
         return torch.cat([latents, 1 - F.interpolate(mask, size=latents.shape[2:])], dim=1)

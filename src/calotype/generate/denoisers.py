@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from calotype.control.hints import Hint
+from calotype.control.hints import INPAINT, Hint, without_masked
 from calotype.families.model import FamilyModel
 from calotype.generate.stages import Part, Stage
 from calotype.image import mask_tensor, to_tensor
@@ -27,13 +27,15 @@ TOGETHER = 2 * 128 * 128
 
 def seen_by(model: FamilyModel[C], stage: Stage[C], begun: Image.Image | None) -> tuple[Tensor, ...]:
     """What the ControlNets of a stage see, of all of its picture, where it begins with `begun`."""
-    mask = None if stage.job.mask_image is None else to_tensor(stage.job.mask_image)[:1]
+    mask = None if stage.job.mask_image is None else to_tensor(stage.job.mask_image)[None, :1].to(model.device)
     seen: list[Tensor] = []
     for led in stage.led:
-        picture, masked = to_tensor(led.by(begun))[None].to(model.device), None if mask is None else mask[None]
+        picture = to_tensor(led.by(begun))[None].to(model.device)
+        if led.control.kind == INPAINT and led.network.sees == "picture":
+            assert mask is not None
+            picture = without_masked(led.network, picture, mask)
         with model.memory.holding(model.vae) if led.network.sees != "picture" else nullcontext():
-            masked = None if masked is None else masked.to(model.device)
-            seen.append(model.seen_by(led.network, picture, masked))
+            seen.append(model.seen_by(led.network, picture, mask))
     return tuple(seen)
 
 

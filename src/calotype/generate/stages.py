@@ -9,7 +9,7 @@ from typing import Generic, NamedTuple, TypeVar
 from PIL import Image
 
 from calotype.control.annotators import annotate, annotator
-from calotype.control.hints import kind_of
+from calotype.control.hints import INPAINT, kind_of
 from calotype.control.image_prompts import ImageReaders, read_pictures
 from calotype.errors import RequestError
 from calotype.families.model import FamilyModel
@@ -109,6 +109,7 @@ def _led(job: Job, networks: Mapping[str, Leader], prefix: str) -> tuple[Led, ..
         try:
             if not _ready(control.kind):
                 annotator(control.kind)
+            _check_masked(control, network, job)
             begun = job.input_image if picture is None and not prefix else picture
             shown = None if begun is None else _drawn(control.kind, resized(begun, job.size))
         except RequestError as error:
@@ -118,7 +119,17 @@ def _led(job: Job, networks: Mapping[str, Leader], prefix: str) -> tuple[Led, ..
 
 
 def _ready(kind: str) -> bool:
-    return kind == "none" or kind.startswith("none:")
+    return kind in ("none", INPAINT) or kind.startswith("none:")
+
+
+def _check_masked(control: Control, network: Leader, job: Job) -> None:
+    """Whether a network that sees a mask has one, and one that sees none is asked for no more."""
+    if control.kind == INPAINT and network.sees == "latents":
+        raise RequestError("kind", INPAINT, "another: this ControlNet sees no mask")
+    if (control.kind == INPAINT or network.sees == "masked") and job.mask_image is None:
+        raise RequestError(
+            "model", control.model, "one without a mask, or a mask_image: this one was made for inpainting"
+        )
 
 
 def _drawn(kind: str, picture: Image.Image) -> Image.Image:

@@ -132,6 +132,8 @@ class ControlNet(Descent, Leader):
         self.count = 0 if config.union is None else config.union.kinds
         self.hint = HintEmbedding(config)
         self.union = None if config.union is None else Union(config, config.union)
+        if self.union is not None:
+            self.blank = 0.0
         widths = [config.unet.widths[0]]
         for number, width in enumerate(config.unet.widths):
             last = number == len(config.unet.widths) - 1

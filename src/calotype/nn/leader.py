@@ -21,6 +21,9 @@ class Leader(nn.Module):
         super().__init__()
         self.sees: Literal["picture", "latents", "masked"] = "picture"
         self.count = 0  # of the kinds of picture that it must be told; 0 where it knows one only
+        self.blank = (
+            -1.0
+        )  # what stands for pixels that a mask takes away, where it sees a picture of the kind "inpaint"
 
     @property
     def kinds(self) -> dict[str, int]:
