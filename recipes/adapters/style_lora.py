@@ -12,24 +12,33 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import calotype
 from calotype.checkpoint.keys import Source
 from calotype.families.flux import FluxModel
 from calotype.families.flux.keys import TRANSFORMER
 from calotype.families.flux.network import FluxNetwork
 from recipes.adapters.cyanotype import cyanotype
-from recipes.adapters.training import Batch, Batches, Examples, Plan, LinearEncoder, builtin, read, train
+from recipes.adapters.grids import grid
+from recipes.adapters.training import Batch, Batches, Examples, LinearEncoder, Plan, builtin, read, train
+from recipes.builtin.classifier import Judge, load_judge, ranks
+from recipes.builtin.colours import to_oklab
+from recipes.builtin.draw import Settings, batch
 from recipes.builtin.fetch import DATA
 from recipes.builtin.library import Library, load_library
+from recipes.builtin.measure import compose_all, grounds
 from recipes.builtin.objects import Object, share
-from recipes.builtin.scenes import FIXED, Variety, caption, compose, sample_scenes
+from recipes.builtin.scenes import FIXED, Variety, caption, compose, make_scene, sample_scenes
 from recipes.builtin.train import TOGETHER
 
 FILE = Path(__file__).with_name("cyanotype.safetensors")
@@ -38,6 +47,8 @@ ALPHA = 16  # the change is ALPHA / RANK times the product of the two matrices
 EXAMPLES = 4096
 # The varieties of scenes that the model was trained to draw, with their weights.
 VARIETIES = ((FIXED, 0.6), (TOGETHER, 0.4))
+PLAIN = replace(FIXED, synonym=0.0, unknown=0.0, decorate=0.0, say_usual_style=0.0)
+NEAR = 0.12  # distance in OKLab from the style's paper up to which a background counts as it
 PLAN = Plan(steps=2000, batch=16, rate=2e-3, warm=50, pure=0.3, noisy=0.8)
 
 
@@ -82,7 +93,7 @@ class StyleLora(nn.Module):
             self.branches[path.replace(".", "_")] = branch
             network.get_submodule(path).register_forward_hook(self._beside(branch))
 
-    def _beside(self, branch: Branch) -> object:
+    def _beside(self, branch: Branch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def after(module: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> Tensor:
             return answer + self.alpha / self.rank * branch(given[0])
 
@@ -113,6 +124,7 @@ def make_examples(model: FluxModel, library: Library, count: int, seed: int = 0)
     """Cyanotypes of scenes, with the captions that they had in colour."""
     rng = np.random.default_rng(seed)
     objects = [thing for thing in library.objects if not held_out(thing)]
+
     def drawn(number: int, variety: Variety) -> tuple[Tensor, list[str]]:
         scenes = sample_scenes(rng, number, variety, objects)
         return compose(scenes, library, size) / 2 + 0.5, [caption(scene, rng, variety) for scene in scenes]
@@ -124,7 +136,8 @@ def make_examples(model: FluxModel, library: Library, count: int, seed: int = 0)
         number = min(64, count - first)
         variety = VARIETIES[int(rng.random() > VARIETIES[0][1])][0]
         pictures, captions = drawn(number, variety)
-        made.append((encode(cyanotype(pictures)).half(), *(part.half() for part in read(model, captions))))
+        text, pooled = read(model, captions)
+        made.append((encode(cyanotype(pictures)).half(), text.half(), pooled.half()))
     return Examples(*(torch.cat(parts) for parts in zip(*made, strict=True)), hints=torch.empty(0))
 
 
@@ -142,14 +155,117 @@ def fit(
     return lora, step
 
 
+# What it does ------------------------------------------------------------------------------------------------
+
+
+def colour_distance(pictures: Tensor, wanted: Tensor) -> Tensor:
+    """How differently each picture is coloured from the wanted one, wherever the colours are: b.
+
+    The earth mover's distance of their pixels' distributions along each axis of OKLab, summed, in hundredths.
+    """
+
+    def levels(shown: Tensor) -> Tensor:
+        return to_oklab(shown.movedim(1, -1)).flatten(1, 2).sort(dim=1).values
+
+    return 100 * (levels(pictures) - levels(wanted)).abs().mean(1).sum(-1)
+
+
+def scrambled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same matrices with the numbers of each B in another order: a change just as large, that was not learned."""
+    random = torch.Generator().manual_seed(0)
+
+    def shuffled(tensor: Tensor) -> Tensor:
+        return tensor.flatten()[torch.randperm(tensor.numel(), generator=random)].view_as(tensor)
+
+    return {name: shuffled(tensor) if "lora_B" in name else tensor for name, tensor in tensors.items()}
+
+
+def measure(file: Path, library: Library, judge: Judge, folder: Path, limit: int | None = None) -> dict[str, Any]:
+    """Figures for the model without the file, with it, and with its numbers scrambled; for objects that it was not
+    shown, and as many that it was. "style" are the very pictures that were to be drawn.
+    """
+    chance = folder / "scrambled.safetensors"
+    write(scrambled(load_file(file)), chance)
+    unseen = [thing for thing in library.objects if held_out(thing)][:limit]
+    seen = [thing for thing in library.objects if not held_out(thing)][: len(unseen)]
+    report: dict[str, Any] = {"file": file.name, "megabytes": round(file.stat().st_size / 1e6, 2)}
+    for title, things in (("objects not shown in the style", unseen), ("objects shown", seen)):
+        prompts = [caption(make_scene([(1, thing, None)], kind="single"), _plain(), PLAIN) for thing in things]
+        scenes = [make_scene([(1, thing, None)], kind="single") for thing in things]
+        wanted = cyanotype(compose_all(scenes, library))
+        entry: dict[str, Any] = {"n": len(things), "style": _figures(wanted, wanted, things, library, judge)}
+        for name, path, scale in (
+            ("without", None, 0.0),
+            ("scale 0.5", file, 0.5),
+            ("scale 1", file, 1.0),
+            ("scrambled", chance, 1.0),
+        ):
+            drawn = draw(path, scale, prompts)
+            entry[name] = _figures(drawn, wanted, things, library, judge)
+            print(f"{title}, {name}: {entry[name]}", flush=True)
+        report[title] = entry
+    return report
+
+
+def draw(file: Path | None, scale: float, prompts: Sequence[str]) -> Tensor:
+    """A picture of each prompt by the built-in model with a LoRA at this strength: b 3 h w in 0..1; seeds 0, 1, ..."""
+    model, family = builtin()
+    if file is not None:
+        model.attach(file, scale=scale)
+        assert family.adapters is not None
+        family.adapters.apply()
+    return batch(family, prompts, range(len(prompts)), Settings())
+
+
+def _figures(
+    shown: Tensor, wanted: Tensor, things: Sequence[Object], library: Library, judge: Judge
+) -> dict[str, float]:
+    paper = to_oklab(grounds(wanted)).mean(0)
+    near = (to_oklab(grounds(shown)) - paper).norm(dim=1) < NEAR
+    named = [rank == 1 for rank in ranks(judge, shown, [library.rows[thing.name] for thing in things])]
+    return {
+        "colour distance": round(float(colour_distance(shown, wanted).mean()), 2),
+        "on the style's paper": round(float(near.float().mean()), 3),
+        "object named by the classifier": round(sum(named) / len(named), 3),
+    }
+
+
+def _plain() -> np.random.Generator:
+    return np.random.default_rng(1)
+
+
+# What people look at -----------------------------------------------------------------------------------------
+
+SHOWN = (
+    "a cat face", "a rocket", "a castle", "a butterfly", "a red apple on a yellow background", "a guitar",
+    "a sunflower and a penguin", "three mushrooms",
+)  # fmt: skip
+
+
+def gallery(file: Path = FILE, prompts: Sequence[str] = SHOWN, seed: int = 0) -> Image.Image:
+    """The prompts without the LoRA, at half its strength and at all of it."""
+    model = calotype.load()
+    rows: list[tuple[str, list[Image.Image]]] = []
+    for name, scale in (("without", 0.0), ("scale 0.5", 0.5), ("scale 1", 1.0)):
+        loras = (calotype.Lora(str(file), scale),) if scale else ()
+        made = [model.generate(prompt, seed=seed, loras=loras) for prompt in prompts]
+        rows.append((name, [picture for picture in made if isinstance(picture, Image.Image)]))
+    return grid(rows, prompts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="cache folder, also of pictures and of the state")
     parser.add_argument("--minutes", type=float, default=20.0, help="of training; examples take two more")
     parser.add_argument("--out", type=Path, default=FILE, help="the LoRA's file")
+    parser.add_argument("--measure", type=Path, metavar="JSON", help="only measure the file, and write what was found")
     given = parser.parse_args()
     _, family = builtin()
     library = load_library(given.data, size=family.defaults.width)
+    if given.measure is not None:
+        report = measure(given.out, library, load_judge(given.data, library), given.data / "adapters")
+        given.measure.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        return
     kept = given.data / "adapters" / "cyanotypes.safetensors"
     if not kept.exists():
         make_examples(family, library, EXAMPLES).save(kept)

@@ -1,4 +1,4 @@
-"""What both recipes share: the built-in model, examples kept as latents, and a loop that can be stopped and gone on with."""
+"""What both recipes share: the built-in model, examples kept as latents, and a loop that can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Examples(NamedTuple):
 class LinearEncoder(NamedTuple):
     """Latents as a linear function of 8x8 blocks, fitted to the model's encoder by least squares.
 
-    The decoder was trained on principal components of blocks, and the encoder to give these. The fit averages its errors
-    away: it is nearer to the components than the encoder, on pictures of other kinds too, and encoding costs nothing.
+    The decoder was trained on principal components of blocks, and the encoder to give these. The fit averages its
+    errors away: it is nearer to the components than the encoder, on pictures of other kinds too, and costs nothing.
     """
 
     weight: Tensor  # 193 c: a block's numbers, then 1
@@ -68,7 +68,9 @@ class LinearEncoder(NamedTuple):
         """From some pictures (b 3 h w in 0..1) of things on plain backgrounds; 64 of 128x128 are plenty."""
         latents = torch.cat([model.encode(part) for part in pictures.split(2)])
         wanted = rearrange(latents, "b c h w -> (b h w) c").double()
-        return cls(torch.linalg.lstsq(_blocks(pictures).flatten(0, 2).double(), wanted, driver="gelsd").solution.float())
+        return cls(
+            torch.linalg.lstsq(_blocks(pictures).flatten(0, 2).double(), wanted, driver="gelsd").solution.float()
+        )
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """b 3 8h 8w in 0..1 -> b c h w."""
@@ -115,8 +117,9 @@ class Batch(NamedTuple):
     velocity: Tensor
     prepared: Prepared
     hints: Tensor  # b n d tokens, or 0 of them
-    sigma: Tensor  # b
+    text: Tensor  # b m d
     pooled: Tensor  # b d
+    sigma: Tensor  # b
 
 
 class Batches:
@@ -146,8 +149,9 @@ class Batches:
             velocity=to_tokens(noise - latents, patch),
             prepared=network.prepare(text, pooled, None, sigma[None], height, width),
             hints=to_tokens(examples.hints[rows].float(), patch) if len(examples.hints) else examples.hints,
-            sigma=sigma,
+            text=text,
             pooled=pooled,
+            sigma=sigma,
         )
 
 
