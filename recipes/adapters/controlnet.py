@@ -12,23 +12,32 @@ laid out as diffusers lays out its FluxControlNetModel.
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from calotype.control.annotators import annotate
 from calotype.families.flux import FluxModel
+from calotype.families.flux.config import FluxConfig
+from calotype.families.flux.keys import TRANSFORMER, diffusers_settings
+from calotype.families.flux.network import FluxNetwork, Prepared
 from calotype.image import to_pil, to_tensor
-from recipes.adapters.training import Examples, LinearEncoder, builtin, read
+from calotype.nn.norms import modulated
+from recipes.adapters.training import Batch, Batches, Examples, LinearEncoder, Plan, builtin, read, train
 from recipes.builtin.fetch import DATA
 from recipes.builtin.library import Library, load_library
 from recipes.builtin.scenes import FIXED, FREE, Scene, caption, compose, sample_scenes
 
 KIND = "softedge"  # wide enough for the autoencoder, which loses lines of a pixel
 EXAMPLES = 12000
+JOINT, SINGLE = 2, 1  # blocks that are copied
+PLAN = Plan(steps=2400, batch=16, rate=8e-4, warm=60, pure=0.35, noisy=1.0)
 # Things anywhere, large enough to be drawn.
 LED = replace(
     FREE,
@@ -40,6 +49,94 @@ LED = replace(
     decorate=0.03,
     styles=(0.8, 0.15, 0.05),
 )
+
+
+class Added(NamedTuple):
+    """What the ControlNet's joint and single blocks add to the picture's tokens, b n d each."""
+
+    joint: tuple[Tensor, ...]
+    single: tuple[Tensor, ...]
+
+
+class ControlNet(nn.Module):
+    """The first blocks of a network, beside the hint; it adds nothing until it is trained."""
+
+    def __init__(self, network: FluxNetwork, joint: int = JOINT, single: int = SINGLE) -> None:
+        super().__init__()
+        config: FluxConfig = replace(network.config, joint_blocks=joint, single_blocks=single)
+        self.body = FluxNetwork(config)
+        wanted = self.body.state_dict()
+        self.body.load_state_dict({name: tensor for name, tensor in network.state_dict().items() if name in wanted})
+        for unused in (self.body.out, self.body.modulation.out):
+            unused.requires_grad_(False)
+        self.hint_in = _nothing(config.image_width, config.width)
+        self.joint_taps = nn.ModuleList(_nothing(config.width, config.width) for _ in range(joint))
+        self.single_taps = nn.ModuleList(_nothing(config.width, config.width) for _ in range(single))
+
+    def forward(self, noisy: Tensor, hints: Tensor, prepared: Prepared) -> Added:
+        """Noisy tokens and the hint's (b n image_width), and what `body.prepare` made for their one level."""
+        body, table, text = self.body, prepared.table, prepared.text
+        image = body.image_in(noisy) + self.hint_in(hints)
+        joint: list[Tensor] = []
+        for block, tap, image_rows, text_rows in zip(
+            body.joint, self.joint_taps, table.joint_image, table.joint_text, strict=True
+        ):
+            image, text = block(image, text, prepared.rope, _first(image_rows), _first(text_rows))
+            joint.append(tap(image))
+        single: list[Tensor] = []
+        x = torch.cat([text, image], dim=1)
+        for block, tap, rows in zip(body.single, self.single_taps, table.single, strict=True):
+            x = block(x, prepared.rope, _first(rows))
+            single.append(tap(x[:, text.shape[1] :]))
+        return Added(tuple(joint), tuple(single))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights under diffusers' names."""
+        layout = TRANSFORMER.layout("diffusers")
+        assert layout is not None
+        state = self.body.state_dict()
+        binding = layout.table(self.body.config).bind({name: tuple(tensor.shape) for name, tensor in state.items()})
+        found = {k: v for k, v in binding.save(state) if not k.startswith(("proj_out.", "norm_out."))}
+        for theirs, layers in (("controlnet_blocks", self.joint_taps), ("controlnet_single_blocks", self.single_taps)):
+            found |= {f"{theirs}.{name}": tensor for name, tensor in layers.state_dict().items()}
+        found |= {f"controlnet_x_embedder.{name}": tensor for name, tensor in self.hint_in.state_dict().items()}
+        return found
+
+    def settings(self) -> dict[str, Any]:
+        """config.json of the folder."""
+        settings = diffusers_settings(self.body.config) | {"_class_name": "FluxControlNetModel"}
+        del settings["out_channels"]
+        return settings | {"num_mode": None, "conditioning_embedding_channels": None}
+
+
+def _nothing(columns: int, rows: int) -> nn.Linear:
+    layer = nn.Linear(columns, rows)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _first(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of the one level that was prepared."""
+    return tuple(row[0] for row in rows)
+
+
+def led(network: FluxNetwork, noisy: Tensor, prepared: Prepared, added: Added) -> Tensor:
+    """The network's velocity with something added after each block; where there is less of it, to several alike."""
+    table, text = prepared.table, prepared.text
+    image = network.image_in(noisy)
+    for number, (block, image_rows, text_rows) in enumerate(
+        zip(network.joint, table.joint_image, table.joint_text, strict=True)
+    ):
+        image, text = block(image, text, prepared.rope, _first(image_rows), _first(text_rows))
+        image = image + added.joint[number // -(-len(network.joint) // len(added.joint))]
+    x, words = torch.cat([text, image], dim=1), text.shape[1]
+    for number, (block, rows) in enumerate(zip(network.single, table.single, strict=True)):
+        x = block(x, prepared.rope, _first(rows))
+        more = added.single[number // -(-len(network.single) // len(added.single))]
+        x = torch.cat([x[:, :words], x[:, words:] + more], dim=1)
+    shift, scale = _first(table.out)
+    return network.out(modulated(x[:, words:], shift, scale))
 
 
 def hint(picture: Tensor) -> Tensor:
@@ -67,16 +164,46 @@ def make_examples(model: FluxModel, library: Library, count: int, seed: int = 0)
     return Examples(*(torch.cat(parts) for parts in zip(*made, strict=True)))
 
 
+def fit(
+    model: FluxModel, examples: Examples, folder: Path, *, plan: Plan = PLAN, minutes: float
+) -> tuple[ControlNet, int]:
+    """Train a ControlNet for the model's transformer, or go on from the state in `folder`; the step reached."""
+    torch.manual_seed(0)
+    network = model.transformer.requires_grad_(False)
+    control = ControlNet(network)
+    rows, columns = (side // network.config.patch for side in examples.latents.shape[2:])
+
+    def loss_of(batch: Batch) -> Tensor:
+        prepared = control.body.prepare(batch.text, batch.pooled, None, batch.sigma[None], rows, columns)
+        added = control(batch.noisy, batch.hints, prepared)
+        return (led(network, batch.noisy, batch.prepared, added) - batch.velocity).square().mean()
+
+    return control, train(control, loss_of, Batches(model, examples, plan), plan, folder / "controlnet.pt", minutes)
+
+
+def write(control: ControlNet, folder: Path) -> None:
+    """The ControlNet as a folder of diffusers', in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().half().contiguous() for name, tensor in control.tensors().items()}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(control.settings(), indent=2) + "\n", "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="cache folder, also of pictures and of the state")
     parser.add_argument("--minutes", type=float, default=45.0, help="of training; examples take fifteen more")
+    parser.add_argument("--out", type=Path, help="the ControlNet's folder; DATA/adapters/controlnet when left out")
     given = parser.parse_args()
     _, family = builtin()
     library = load_library(given.data, size=family.defaults.width)
     kept = given.data / "adapters" / "hints.safetensors"
     if not kept.exists():
         make_examples(family, library, EXAMPLES).save(kept)
+    control, step = fit(family, Examples.load(kept), kept.parent, minutes=given.minutes)
+    out: Path = given.out or kept.parent / "controlnet"
+    write(control, out)
+    print(f"step {step} of {PLAN.steps}: {out}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,216 @@
+"""Adapters for the built-in model: what training sees is what the file does, and training can be stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from tiny import flux_model
+from torch import Tensor
+from torch.testing import assert_close
+
+import calotype
+from calotype.families.flux import FluxModel
+from calotype.families.flux.network import to_tokens
+from recipes.adapters import controlnet, style_lora
+from recipes.adapters.cyanotype import PAPER, cyanotype
+from recipes.adapters.grids import grid
+from recipes.adapters.training import Batches, Examples, LinearEncoder, Plan, builtin, read
+from recipes.builtin.colours import to_oklab
+from recipes.builtin.measure import grounds
+from recipes.builtin.scenes import make_scene
+
+if TYPE_CHECKING:
+    from recipes.builtin.library import Library
+
+PLAN = Plan(steps=4, batch=2, rate=1e-2, warm=1, pure=0.5, noisy=0.0)
+
+
+def velocity(model: FluxModel, seed: int = 0) -> Tensor:
+    """What the transformer answers to some noise and a prompt."""
+    rng = torch.Generator().manual_seed(seed)
+    text, pooled = read(model, ["a red fox", "a cat in the snow"])
+    network = model.transformer
+    side = 2 * network.config.patch
+    latents = torch.randn(2, model.vae.config.latent_channels, side, side, generator=rng)
+    with torch.inference_mode():
+        prepared = network.prepare(text, pooled, None, torch.tensor([0.8]), 2, 2)
+        return network(to_tokens(latents, network.config.patch), prepared, 0)
+
+
+@pytest.fixture(scope="module")
+def examples() -> Examples:
+    """Random ones for the tiny model."""
+    rng = torch.Generator().manual_seed(1)
+    shapes = ((6, 4, 4, 4), (6, 10, 24), (6, 16), (6, 4, 4, 4))
+    return Examples(*(torch.randn(shape, generator=rng) for shape in shapes))
+
+
+def test_cyanotypes_have_one_paper_and_keep_the_drawing(library: Library) -> None:
+    thing = library.objects[0]
+    scenes = [make_scene([(1, thing, None)], kind="single", background=word) for word in ("white", "green", "black")]
+    made = cyanotype(style_lora.compose_all(scenes, library))
+    assert_close(grounds(made), torch.tensor([PAPER] * 3), atol=0.2, rtol=0)
+    assert (to_oklab(grounds(made)) - to_oklab(torch.tensor(PAPER))).norm(dim=-1).max() < style_lora.NEAR
+    assert made.amax((1, 2, 3)).min() > 0.7  # a print, nearly white
+    assert (made[..., 2] >= made[..., 0] - 0.05).all()  # in no colour but blue
+
+
+def test_the_linear_encoder_finds_a_linear_one() -> None:
+    model = flux_model(guidance=False)
+    shown = torch.rand(40, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    wanted = LinearEncoder(torch.randn(193, 4, generator=torch.Generator().manual_seed(1)))
+    model.vae.encode = wanted  # type: ignore[method-assign]
+    assert_close(LinearEncoder.fit(model, shown)(shown), wanted(shown), atol=1e-3, rtol=1e-3)
+
+
+def test_training_stops_and_goes_on(tmp_path: Path, examples: Examples) -> None:
+    lora, step = style_lora.fit(flux_model(guidance=False), examples, tmp_path / "a", plan=PLAN, minutes=1, rank=2)
+    assert step == PLAN.steps
+    _, step = style_lora.fit(flux_model(guidance=False), examples, tmp_path / "b", plan=PLAN, minutes=0, rank=2)
+    assert step == 0  # and saved
+    again, step = style_lora.fit(flux_model(guidance=False), examples, tmp_path / "b", plan=PLAN, minutes=1, rank=2)
+    assert step == PLAN.steps
+    for name, tensor in lora.tensors().items():
+        assert torch.equal(tensor, again.tensors()[name]), name
+    assert any(tensor.any() for name, tensor in lora.tensors().items() if "lora_B" in name)
+
+
+def test_a_lora_learns(tmp_path: Path, examples: Examples) -> None:
+    """One example over and over: the answer comes nearer to it."""
+    one = Examples(*(part[:1] for part in examples))
+    model = flux_model(guidance=False)
+    plan = replace(PLAN, steps=60, batch=8, pure=1.0)
+    batch = Batches(model, one, plan)()
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float((model.transformer(batch.noisy, batch.prepared, 0) - batch.velocity).square().mean())
+
+    before = loss()
+    style_lora.fit(model, one, tmp_path, plan=plan, minutes=1, rank=4)
+    assert loss() < 0.8 * before
+
+
+def test_a_lora_s_file_does_what_training_saw(tmp_path: Path) -> None:
+    _, trained = builtin()
+    plain = velocity(trained)
+    torch.manual_seed(3)
+    lora = style_lora.StyleLora(trained.transformer, rank=2, alpha=6)
+    assert torch.equal(velocity(trained), plain)  # nothing before it is trained
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if ".up." in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape))
+    file = tmp_path / "lora.safetensors"
+    style_lora.write(lora.tensors(), file, rank=2, alpha=6)
+
+    model, loaded = builtin()
+    model.attach(file)
+    assert loaded.adapters is not None
+    loaded.adapters.apply()
+    wanted = velocity(trained)
+    assert (wanted - plain).abs().max() > 0.1
+    assert_close(velocity(loaded), wanted, atol=5e-3, rtol=5e-3)  # the file is in float16
+    model.detach("lora")
+    assert torch.equal(velocity(loaded), plain)
+
+
+def test_scrambled_is_as_large_and_nothing_else() -> None:
+    given = {"a.lora_A.weight": torch.randn(2, 5), "a.lora_B.weight": torch.randn(5, 2)}
+    made = style_lora.scrambled(given)
+    assert torch.equal(made["a.lora_A.weight"], given["a.lora_A.weight"])
+    assert not torch.equal(made["a.lora_B.weight"], given["a.lora_B.weight"])
+    assert torch.equal(
+        made["a.lora_B.weight"].flatten().sort().values, given["a.lora_B.weight"].flatten().sort().values
+    )
+
+
+def test_colours_are_compared_wherever_they_are() -> None:
+    shown = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    moved = shown.roll((3, 2), (2, 3))
+    assert_close(style_lora.colour_distance(shown, moved), torch.zeros(2))
+    assert style_lora.colour_distance(shown, 1 - shown).min() > 1
+
+
+@pytest.mark.skipif(not style_lora.FILE.exists(), reason="the file is not in this checkout")
+def test_the_cyanotype_file_turns_paper_blue_and_goes_without_a_trace() -> None:
+    model = calotype.load()
+
+    def draw(scale: float) -> Tensor:
+        loras = (calotype.Lora(str(style_lora.FILE), scale),) if scale else ()
+        made = model.generate("a castle on a yellow background", seed=1, loras=loras)
+        return torch.from_numpy(np.asarray(made).copy()).movedim(-1, 0) / 255
+
+    before, with_, after = draw(0), draw(1), draw(0)
+    red, green, blue = grounds(with_[None])[0].tolist()
+    assert red < 0.25 and blue > green + 0.1 > red
+    assert grounds(before[None])[0, 0] > 0.8  # yellow
+    assert torch.equal(before, after)
+
+
+def test_grids_hold_every_picture() -> None:
+    from PIL import Image
+
+    rows = [("without", [Image.new("RGB", (32, 32))] * 3), ("with", [Image.new("RGB", (32, 32), "red")] * 3)]
+    made = grid(rows, ["a fox", "a cat in the snow with a hat", "a dog"])
+    assert made.size[0] == 3 * 38 + 6
+    assert sum(colour == (255, 0, 0) for _, colour in made.getcolors(2**16) or []) == 1
+    assert next(count for count, colour in made.getcolors(2**16) or [] if colour == (255, 0, 0)) == 3 * 32 * 32
+
+
+# The ControlNet ----------------------------------------------------------------------------------------------
+
+
+def test_an_untrained_controlnet_adds_nothing_and_training_makes_it(tmp_path: Path, examples: Examples) -> None:
+    model = flux_model(guidance=False)
+    made, _ = controlnet.fit(model, examples, tmp_path, plan=replace(PLAN, steps=0), minutes=0)
+    batch = Batches(model, examples, PLAN)()
+    network = model.transformer
+    with torch.no_grad():
+        prepared = made.body.prepare(batch.text, batch.pooled, None, batch.sigma[None], 2, 2)
+        added = made(batch.noisy, batch.hints, prepared)
+        assert not any(tensor.any() for tensors in added for tensor in tensors)
+        answer = controlnet.led(network, batch.noisy, batch.prepared, added)
+        assert_close(answer, network(batch.noisy, batch.prepared, 0))
+    made, step = controlnet.fit(model, examples, tmp_path / "on", plan=PLAN, minutes=1)
+    assert step == PLAN.steps
+    assert made.hint_in.weight.any() and all(tap.weight.any() for tap in (*made.joint_taps, *made.single_taps))
+
+
+def test_a_controlnet_s_folder_is_diffusers(tmp_path: Path) -> None:
+    """diffusers loads it, and adds the same."""
+    from diffusers import FluxControlNetModel
+
+    _, model = builtin()
+    torch.manual_seed(0)
+    made = controlnet.ControlNet(model.transformer).eval()
+    with torch.no_grad():
+        for layer in (made.hint_in, *made.joint_taps, *made.single_taps):
+            layer.weight.normal_(std=0.05)
+    controlnet.write(made, tmp_path)
+    theirs = FluxControlNetModel.from_pretrained(tmp_path)
+    rng = torch.Generator().manual_seed(0)
+    noisy, hints = torch.randn(1, 4, 192, generator=rng), torch.randn(1, 4, 192, generator=rng)
+    text, pooled = torch.randn(1, 20, 256, generator=rng), torch.randn(1, 256, generator=rng)
+    ids = torch.zeros(4, 3)
+    ids[:, 1], ids[:, 2] = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    with torch.no_grad():
+        prepared = made.body.prepare(text, pooled, None, torch.tensor([0.7]), 2, 2)
+        ours = made(noisy, hints, prepared)
+        joint, single = theirs(
+            hidden_states=noisy,
+            controlnet_cond=hints,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=torch.tensor([0.7]),
+            img_ids=ids,
+            txt_ids=torch.zeros(20, 3),
+            return_dict=False,
+        )
+    for one, other in zip((*ours.joint, *ours.single), (*joint, *single), strict=True):
+        assert_close(one, other, atol=2e-2, rtol=2e-2)  # float16 in the file
