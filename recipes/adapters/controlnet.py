@@ -15,13 +15,17 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import calotype
 from calotype.control.annotators import annotate
 from calotype.families.flux import FluxModel
 from calotype.families.flux.config import FluxConfig
@@ -29,10 +33,13 @@ from calotype.families.flux.keys import TRANSFORMER, diffusers_settings
 from calotype.families.flux.network import FluxNetwork, Prepared
 from calotype.image import to_pil, to_tensor
 from calotype.nn.norms import modulated
+from recipes.adapters.grids import grid
 from recipes.adapters.training import Batch, Batches, Examples, LinearEncoder, Plan, builtin, read, train
+from recipes.builtin.classifier import Judge, load_judge, ranks
 from recipes.builtin.fetch import DATA
-from recipes.builtin.library import Library, load_library
-from recipes.builtin.scenes import FIXED, FREE, Scene, caption, compose, sample_scenes
+from recipes.builtin.library import STYLES, Library, load_library
+from recipes.builtin.measure import grounds, visible
+from recipes.builtin.scenes import FIXED, FREE, Item, Scene, Variety, caption, compose, sample_scenes
 
 KIND = "softedge"  # wide enough for the autoencoder, which loses lines of a pixel
 EXAMPLES = 12000
@@ -144,10 +151,12 @@ def hint(picture: Tensor) -> Tensor:
     return to_tensor(annotate(KIND, to_pil(picture)))
 
 
-def draw(rng: np.random.Generator, number: int, library: Library, size: int) -> tuple[list[Scene], Tensor, list[str]]:
+def draw(
+    rng: np.random.Generator, number: int, library: Library, size: int, variety: Variety = LED
+) -> tuple[list[Scene], Tensor, list[str]]:
     """Scenes, their pictures (b 3 h w in 0..1) and captions."""
-    scenes = sample_scenes(rng, number, LED, library.objects)
-    return scenes, compose(scenes, library, size) / 2 + 0.5, [caption(scene, rng, LED) for scene in scenes]
+    scenes = sample_scenes(rng, number, variety, library.objects)
+    return scenes, compose(scenes, library, size) / 2 + 0.5, [caption(scene, rng, variety) for scene in scenes]
 
 
 @torch.inference_mode()
@@ -189,14 +198,132 @@ def write(control: ControlNet, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(control.settings(), indent=2) + "\n", "utf-8")
 
 
+# What it does ------------------------------------------------------------------------------------------------
+
+ASKED = replace(LED, synonym=0.0, decorate=0.0, say_usual_style=0.0, styles=(1.0, 0.0, 0.0))
+TOLERANCE = 2  # pixels that an edge may be off
+
+
+def edges(picture: Tensor) -> Tensor:
+    """h w, true on the Canny edges of a picture (3 h w in 0..1)."""
+    return to_tensor(annotate("canny", to_pil(picture)))[0] > 0.5
+
+
+def agreement(shown: Tensor, wanted: Tensor) -> float:
+    """F1 of two sets of edges (h w each): the harmonic mean of the shares of each that lie near one of the other."""
+
+    def near(one: Tensor, other: Tensor) -> float:
+        """The share of one's edges with an edge of the other within the tolerance."""
+        grown = F.max_pool2d(other[None].float(), 2 * TOLERANCE + 1, 1, TOLERANCE)[0] > 0
+        return float(grown[one].float().mean()) if one.any() else 0.0
+
+    precision, recall = near(shown, wanted), near(wanted, shown)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def overlap(shown: Tensor, wanted: Tensor) -> float:
+    """Intersection over union of what differs from the background in two pictures (3 h w)."""
+    one, other = (visible(picture[None], grounds(picture[None]))[0] for picture in (shown, wanted))
+    union = int((one | other).sum())
+    return int((one & other).sum()) / union if union else 1.0
+
+
+def measure(folder: Path, library: Library, judge: Judge, count: int = 50) -> dict[str, Any]:
+    """Figures for layouts that training has not seen: without the ControlNet, with it, with the hint of another layout
+    (chance), and for the very picture as the autoencoder gives it back, which is the most that can be had.
+    """
+    model, family = builtin()
+    rng = np.random.default_rng(1234)
+    scenes, pictures, prompts = draw(rng, count, library, family.defaults.width, ASKED)
+    others = pictures.roll(1, 0)
+    encode = LinearEncoder.fit(family, pictures[:32])
+
+    def drawn(prompt: str, seed: int, picture: Tensor | None) -> Tensor:
+        made = model.generate(prompt, seed=seed, controls=_controls(folder, picture, 1.0))
+        assert isinstance(made, Image.Image)
+        return to_tensor(made)
+
+    report: dict[str, Any] = {"n": count}
+    for name, shown in (
+        ("without", [drawn(prompt, seed, None) for seed, prompt in enumerate(prompts)]),
+        ("with", [drawn(prompt, seed, pictures[seed]) for seed, prompt in enumerate(prompts)]),
+        ("with another's hint", [drawn(prompt, seed, others[seed]) for seed, prompt in enumerate(prompts)]),
+        ("the picture itself", list(family.decode(encode(pictures)).clamp(0, 1))),
+    ):
+        alone = [row for row, scene in enumerate(scenes) if len(scene.items) == 1]
+        things = [library.rows[scenes[row].items[0].thing.name] for row in alone]
+        named = [rank == 1 for rank in ranks(judge, torch.stack([shown[row] for row in alone]), things)]
+        pairs = list(zip(shown, pictures, strict=True))
+        report[name] = {
+            "edges agree": round(fmean(agreement(edges(one), edges(other)) for one, other in pairs), 3),
+            "shapes overlap": round(fmean(overlap(one, other) for one, other in pairs), 3),
+            "single objects named by the classifier": round(sum(named) / len(named), 3),
+        }
+        print(f"{name}: {report[name]}", flush=True)
+    return report
+
+
+def _controls(folder: Path, picture: Tensor | None, scale: float) -> tuple[calotype.Control, ...]:
+    if picture is None or not scale:
+        return ()
+    return (calotype.Control(kind=KIND, model=str(folder), image=to_pil(picture), scale=scale),)
+
+
+# What people look at -----------------------------------------------------------------------------------------
+
+
+def gallery(folder: Path, library: Library, seed: int = 0) -> Image.Image:
+    """Prompts with the hints that they are given, without the ControlNet, at half its strength and at all of it."""
+    model = calotype.load()
+    size = model.family.defaults.width
+    scenes, prompts = [scene for scene, _ in layouts(library)], [prompt for _, prompt in layouts(library)]
+    pictures = list(compose(scenes, library, size) / 2 + 0.5)
+    rows = [("hint", [to_pil(hint(picture)) for picture in pictures])]
+    for name, scale in (("without", 0.0), ("scale 0.5", 0.5), ("scale 1", 1.0)):
+        made = [
+            model.generate(prompt, seed=seed, controls=_controls(folder, picture, scale))
+            for prompt, picture in zip(prompts, pictures, strict=True)
+        ]
+        rows.append((name, [picture for picture in made if isinstance(picture, Image.Image)]))
+    return grid(rows, prompts)
+
+
+def layouts(library: Library) -> list[tuple[Scene, str]]:
+    """Scenes that the hints are drawn from, and the prompts to fill them with, some of which say another thing."""
+    things = {thing.name: thing for thing in library.objects}
+
+    def placed(name: str, x: float, y: float, size: float, *, flip: bool = False) -> Item:
+        return Item(things[name], STYLES[0], None, x, y, size, flip)
+
+    wanted = (
+        ("a red apple", [placed("apple", 0.3, 0.65, 0.55)]),
+        ("a cat face", [placed("cat face", 0.62, 0.4, 0.62)]),
+        ("a rocket", [placed("rocket", 0.5, 0.5, 0.8, flip=True)]),
+        ("a car on a yellow background", [placed("car", 0.4, 0.35, 0.7, flip=True)]),
+        ("a butterfly", [placed("butterfly", 0.6, 0.6, 0.5)]),
+        ("a basketball", [placed("apple", 0.3, 0.65, 0.55)]),
+        ("a pizza", [placed("heart", 0.5, 0.5, 0.75)]),
+        ("three mushrooms", [placed("mushroom", x, y, 0.36) for x, y in ((0.22, 0.3), (0.75, 0.25), (0.5, 0.75))]),
+    )
+    return [(Scene("single", tuple(items), (), "", STYLES[0], "white", 0.0), prompt) for prompt, items in wanted]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="cache folder, also of pictures and of the state")
     parser.add_argument("--minutes", type=float, default=45.0, help="of training; examples take fifteen more")
     parser.add_argument("--out", type=Path, help="the ControlNet's folder; DATA/adapters/controlnet when left out")
+    parser.add_argument(
+        "--measure", type=Path, metavar="JSON", help="only measure the folder, and write what was found"
+    )
     given = parser.parse_args()
     _, family = builtin()
     library = load_library(given.data, size=family.defaults.width)
+    if given.measure is not None:
+        folder: Path = given.out or given.data / "adapters" / "controlnet"
+        report = measure(folder, library, load_judge(given.data, library))
+        given.measure.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        return
     kept = given.data / "adapters" / "hints.safetensors"
     if not kept.exists():
         make_examples(family, library, EXAMPLES).save(kept)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import flux_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import calotype
@@ -179,7 +179,8 @@ def test_an_untrained_controlnet_adds_nothing_and_training_makes_it(tmp_path: Pa
         assert_close(answer, network(batch.noisy, batch.prepared, 0))
     made, step = controlnet.fit(model, examples, tmp_path / "on", plan=PLAN, minutes=1)
     assert step == PLAN.steps
-    assert made.hint_in.weight.any() and all(tap.weight.any() for tap in (*made.joint_taps, *made.single_taps))
+    learned = made.tensors()
+    assert all(tensor.any() for name, tensor in learned.items() if name.startswith("controlnet_"))
 
 
 def test_a_controlnet_s_folder_is_diffusers(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_a_controlnet_s_folder_is_diffusers(tmp_path: Path) -> None:
     made = controlnet.ControlNet(model.transformer).eval()
     with torch.no_grad():
         for layer in (made.hint_in, *made.joint_taps, *made.single_taps):
-            layer.weight.normal_(std=0.05)
+            nn.init.normal_(layer.weight, std=0.05)
     controlnet.write(made, tmp_path)
     theirs = FluxControlNetModel.from_pretrained(tmp_path)
     rng = torch.Generator().manual_seed(0)
@@ -214,3 +215,48 @@ def test_a_controlnet_s_folder_is_diffusers(tmp_path: Path) -> None:
         )
     for one, other in zip((*ours.joint, *ours.single), (*joint, *single), strict=True):
         assert_close(one, other, atol=2e-2, rtol=2e-2)  # float16 in the file
+
+
+def test_edges_agree_within_two_pixels() -> None:
+    def line(column: int) -> Tensor:
+        made = torch.zeros(32, 32, dtype=torch.bool)
+        made[:, column] = True
+        return made
+
+    assert controlnet.agreement(line(10), line(10)) == 1
+    assert controlnet.agreement(line(10), line(12)) == 1
+    assert controlnet.agreement(line(10), line(13)) == 0
+    assert controlnet.agreement(line(10), torch.zeros(32, 32, dtype=torch.bool)) == 0
+    both = line(10) | line(20)
+    assert controlnet.agreement(both, line(10)) == pytest.approx(2 / 3)  # half of one, all of the other
+
+
+def test_shapes_overlap_where_they_do() -> None:
+    def square(column: int, ground: float) -> Tensor:
+        made = torch.full((3, 32, 32), ground)
+        made[:, 8:24, column : column + 16] = torch.tensor([0.8, 0.1, 0.1])[:, None, None]
+        return made
+
+    assert controlnet.overlap(square(8, 1.0), square(8, 0.0)) == 1  # on whatever background
+    assert controlnet.overlap(square(8, 1.0), square(0, 1.0)) == pytest.approx(1 / 3)
+
+
+def test_hints_are_latents_of_what_the_annotator_draws(library: Library) -> None:
+    """As the model's own encoder sees them: that is what it will be given."""
+    model = flux_model(guidance=False)
+    made = controlnet.make_examples(model, library, 3)
+    assert [len(part) for part in made] == [3] * 4
+    rng = np.random.default_rng(0)
+    controlnet.sample_scenes(rng, 64, controlnet.FIXED, library.objects)
+    _, pictures, _ = controlnet.draw(rng, 3, library, model.defaults.width)
+    with torch.inference_mode():
+        wanted = model.encode(torch.stack([controlnet.hint(picture) for picture in pictures]))
+    assert_close(made.hints.float(), wanted, atol=1e-2, rtol=1e-2)
+
+
+def test_prompts_and_hints_of_the_grid_are_of_known_things() -> None:
+    from recipes.builtin.library import Library
+    from recipes.builtin.objects import load_objects
+
+    library = Library(objects=load_objects(), full=torch.empty(0), half=torch.empty(0))
+    assert len(controlnet.layouts(library)) == len(style_lora.SHOWN) == 8
