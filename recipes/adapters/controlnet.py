@@ -22,17 +22,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import calotype
 from calotype.control.annotators import annotate
 from calotype.families.flux import FluxModel
 from calotype.families.flux.config import FluxConfig
 from calotype.families.flux.keys import TRANSFORMER, diffusers_settings
-from calotype.families.flux.network import FluxNetwork, Prepared
+from calotype.families.flux.network import FluxNetwork, Prepared, to_latent, to_tokens
 from calotype.image import to_pil, to_tensor
 from calotype.nn.norms import modulated
+from calotype.request import Request
+from calotype.sampling.guidance import guided
+from calotype.sampling.levels import Level
+from calotype.sampling.samplers import SAMPLERS, Denoise
 from recipes.adapters.grids import grid
 from recipes.adapters.training import Batch, Batches, Examples, LinearEncoder, Plan, builtin, read, train
 from recipes.builtin.classifier import Judge, load_judge, ranks
@@ -44,7 +47,7 @@ from recipes.builtin.scenes import FIXED, FREE, Item, Scene, Variety, caption, c
 KIND = "softedge"  # wide enough for the autoencoder, which loses lines of a pixel
 EXAMPLES = 12000
 JOINT, SINGLE = 2, 1  # blocks that are copied
-PLAN = Plan(steps=1700, batch=16, rate=8e-4, warm=60, pure=0.35, noisy=1.0)
+PLAN = Plan(steps=1400, batch=16, rate=8e-4, warm=60, pure=0.35, noisy=1.0)
 # Things anywhere, large enough to be drawn.
 LED = replace(
     FREE,
@@ -151,7 +154,7 @@ def hint(picture: Tensor) -> Tensor:
     return to_tensor(annotate(KIND, to_pil(picture)))
 
 
-def draw(
+def scenes_of(
     rng: np.random.Generator, number: int, library: Library, size: int, variety: Variety = LED
 ) -> tuple[list[Scene], Tensor, list[str]]:
     """Scenes, their pictures (b 3 h w in 0..1) and captions."""
@@ -167,7 +170,7 @@ def make_examples(model: FluxModel, library: Library, count: int, seed: int = 0)
     encode = LinearEncoder.fit(model, compose(sample_scenes(rng, 64, FIXED, library.objects), library, size) / 2 + 0.5)
     made: list[tuple[Tensor, ...]] = []
     for first in range(0, count, 64):
-        _, pictures, captions = draw(rng, min(64, count - first), library, size)
+        _, pictures, captions = scenes_of(rng, min(64, count - first), library, size)
         hints = torch.cat([model.encode(torch.stack([hint(one) for one in pair])) for pair in pictures.split(2)])
         made.append(tuple(part.half() for part in (encode(pictures), *read(model, captions), hints)))
     return Examples(*(torch.cat(parts) for parts in zip(*made, strict=True)))
@@ -196,6 +199,76 @@ def write(control: ControlNet, folder: Path) -> None:
     tensors = {name: tensor.detach().half().contiguous() for name, tensor in control.tensors().items()}
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(control.settings(), indent=2) + "\n", "utf-8")
+
+
+# Drawing ---------------------------------------------------------------------------------------------------------
+
+
+def opened(folder: Path, network: FluxNetwork) -> ControlNet:
+    """The ControlNet that `write` wrote to a folder."""
+    control = ControlNet(network)
+    saved = load_file(folder / "diffusion_pytorch_model.safetensors")
+    layout = TRANSFORMER.layout("diffusers")
+    assert layout is not None
+    state = control.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in control.body.state_dict().items()}
+    for item in layout.table(control.body.config).bind(shapes).bound:
+        if all(source.key in saved for source in item.sources):  # the end of a whole transformer is not
+            state[f"body.{item.ours}"] = torch.cat([saved[source.key] for source in item.sources]).float()
+    for theirs, ours in (
+        ("controlnet_blocks", "joint_taps"),
+        ("controlnet_single_blocks", "single_taps"),
+        ("controlnet_x_embedder", "hint_in"),
+    ):
+        state |= {
+            name.replace(theirs, ours, 1): tensor.float()
+            for name, tensor in saved.items()
+            if name.startswith(f"{theirs}.")
+        }
+    control.load_state_dict(state)
+    return control.eval()
+
+
+@torch.inference_mode()
+def draw(
+    model: FluxModel, prompt: str, seed: int, *, control: ControlNet, picture: Tensor, scale: float = 1.0
+) -> Tensor:
+    """A picture of the prompt, 3 h w in 0..1, led by the soft edges of another (3 h w).
+
+    Step for step what the engine does without a ControlNet, with the model's defaults; both sides of guidance are led.
+    """
+    network = model.transformer
+    job = Request(prompt=prompt).complete(model.defaults, seed=seed)
+    levels, sampler, patch = model.levels(job), SAMPLERS[job.sampler], network.config.patch
+    hints = to_tokens(model.encode(hint(picture)[None]), patch)
+    rows, columns = job.height // model.defaults.grain, job.width // model.defaults.grain
+
+    def side(words: str, *, negative: bool) -> Denoise:
+        told = model.condition(words, job, negative=negative)
+
+        def denoise(x: Tensor, level: Level) -> Tensor:
+            times = torch.tensor([level.time])
+            noisy = to_tokens(x, patch)
+            prepared = control.body.prepare(told.text, told.pooled, None, times, rows, columns)
+            said = control(noisy, hints, prepared)
+            added = Added(*(tuple(scale * tensor for tensor in tensors) for tensors in said))
+            prepared = network.prepare(told.text, told.pooled, None, times, rows, columns)
+            return x - level.sigma * to_latent(led(network, noisy, prepared, added), rows, columns, patch)
+
+        return denoise
+
+    denoise = guided(
+        side(prompt, negative=False), side("", negative=True), job.cfg_scale, job.cfg_rescale, model.prediction
+    )
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise() -> Tensor:
+        return torch.randn((1, *model.noise_shape(job)), generator=generator)
+
+    x = model.start(job, levels, noise)
+    for step in sampler(denoise, x, levels, noise):
+        x = step.x
+    return model.decode(x)[0].clamp(0, 1)
 
 
 # What it does ------------------------------------------------------------------------------------------------
@@ -232,22 +305,25 @@ def measure(folder: Path, library: Library, judge: Judge, count: int = 50) -> di
     """Figures for layouts that training has not seen: without the ControlNet, with it, with the hint of another layout
     (chance), and for the very picture as the autoencoder gives it back, which is the most that can be had.
     """
-    model, family = builtin()
+    _, family = builtin()
+    control = opened(folder, family.transformer)
     rng = np.random.default_rng(1234)
-    scenes, pictures, prompts = draw(rng, count, library, family.defaults.width, ASKED)
+    scenes, pictures, prompts = scenes_of(rng, count, library, family.defaults.width, ASKED)
     others = pictures.roll(1, 0)
     encode = LinearEncoder.fit(family, pictures[:32])
 
-    def drawn(prompt: str, seed: int, picture: Tensor | None) -> Tensor:
-        made = model.generate(prompt, seed=seed, controls=_controls(folder, picture, 1.0))
-        assert isinstance(made, Image.Image)
-        return to_tensor(made)
+    def drawn(led_by: Tensor, scale: float) -> list[Tensor]:
+        return [
+            draw(family, prompt, seed, control=control, picture=led_by[seed], scale=scale)
+            for seed, prompt in enumerate(prompts)
+        ]
 
     report: dict[str, Any] = {"n": count}
     for name, shown in (
-        ("without", [drawn(prompt, seed, None) for seed, prompt in enumerate(prompts)]),
-        ("with", [drawn(prompt, seed, pictures[seed]) for seed, prompt in enumerate(prompts)]),
-        ("with another's hint", [drawn(prompt, seed, others[seed]) for seed, prompt in enumerate(prompts)]),
+        ("without", drawn(pictures, 0.0)),
+        ("scale 0.5", drawn(pictures, 0.5)),
+        ("scale 1", drawn(pictures, 1.0)),
+        ("another's hint", drawn(others, 1.0)),
         ("the picture itself", list(family.decode(encode(pictures)).clamp(0, 1))),
     ):
         alone = [row for row, scene in enumerate(scenes) if len(scene.items) == 1]
@@ -263,28 +339,22 @@ def measure(folder: Path, library: Library, judge: Judge, count: int = 50) -> di
     return report
 
 
-def _controls(folder: Path, picture: Tensor | None, scale: float) -> tuple[calotype.Control, ...]:
-    if picture is None or not scale:
-        return ()
-    return (calotype.Control(kind=KIND, model=str(folder), image=to_pil(picture), scale=scale),)
-
-
 # What people look at -----------------------------------------------------------------------------------------
 
 
 def gallery(folder: Path, library: Library, seed: int = 0) -> Image.Image:
     """Prompts with the hints that they are given, without the ControlNet, at half its strength and at all of it."""
-    model = calotype.load()
-    size = model.family.defaults.width
+    _, family = builtin()
+    control = opened(folder, family.transformer)
     scenes, prompts = [scene for scene, _ in layouts(library)], [prompt for _, prompt in layouts(library)]
-    pictures = list(compose(scenes, library, size) / 2 + 0.5)
+    pictures = list(compose(scenes, library, family.defaults.width) / 2 + 0.5)
     rows = [("hint", [to_pil(hint(picture)) for picture in pictures])]
     for name, scale in (("without", 0.0), ("scale 0.5", 0.5), ("scale 1", 1.0)):
         made = [
-            model.generate(prompt, seed=seed, controls=_controls(folder, picture, scale))
+            draw(family, prompt, seed, control=control, picture=picture, scale=scale)
             for prompt, picture in zip(prompts, pictures, strict=True)
         ]
-        rows.append((name, [picture for picture in made if isinstance(picture, Image.Image)]))
+        rows.append((name, [to_pil(picture) for picture in made]))
     return grid(rows, prompts)
 
 

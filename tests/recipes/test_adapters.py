@@ -16,6 +16,7 @@ from torch.testing import assert_close
 import calotype
 from calotype.families.flux import FluxModel
 from calotype.families.flux.network import to_tokens
+from calotype.image import to_tensor
 from recipes.adapters import controlnet, style_lora
 from recipes.adapters.cyanotype import PAPER, cyanotype
 from recipes.adapters.grids import grid
@@ -27,6 +28,7 @@ from recipes.builtin.scenes import make_scene
 if TYPE_CHECKING:
     from recipes.builtin.library import Library
 
+RANKS = {"joint.": 2, "single.": 3, "image_in": 4, "out": 4}
 PLAN = Plan(steps=4, batch=2, rate=1e-2, warm=1, pure=0.5, noisy=0.0)
 
 
@@ -69,11 +71,13 @@ def test_the_linear_encoder_finds_a_linear_one() -> None:
 
 
 def test_training_stops_and_goes_on(tmp_path: Path, examples: Examples) -> None:
-    lora, step = style_lora.fit(flux_model(guidance=False), examples, tmp_path / "a", plan=PLAN, minutes=1, rank=2)
+    lora, step = style_lora.fit(flux_model(guidance=False), examples, tmp_path / "a", plan=PLAN, minutes=1, ranks=RANKS)
     assert step == PLAN.steps
-    _, step = style_lora.fit(flux_model(guidance=False), examples, tmp_path / "b", plan=PLAN, minutes=0, rank=2)
+    _, step = style_lora.fit(flux_model(guidance=False), examples, tmp_path / "b", plan=PLAN, minutes=0, ranks=RANKS)
     assert step == 0  # and saved
-    again, step = style_lora.fit(flux_model(guidance=False), examples, tmp_path / "b", plan=PLAN, minutes=1, rank=2)
+    again, step = style_lora.fit(
+        flux_model(guidance=False), examples, tmp_path / "b", plan=PLAN, minutes=1, ranks=RANKS
+    )
     assert step == PLAN.steps
     for name, tensor in lora.tensors().items():
         assert torch.equal(tensor, again.tensors()[name]), name
@@ -92,7 +96,7 @@ def test_a_lora_learns(tmp_path: Path, examples: Examples) -> None:
             return float((model.transformer(batch.noisy, batch.prepared, 0) - batch.velocity).square().mean())
 
     before = loss()
-    style_lora.fit(model, one, tmp_path, plan=plan, minutes=1, rank=4)
+    style_lora.fit(model, one, tmp_path, plan=plan, minutes=1, ranks=RANKS)
     assert loss() < 0.8 * before
 
 
@@ -100,14 +104,14 @@ def test_a_lora_s_file_does_what_training_saw(tmp_path: Path) -> None:
     _, trained = builtin()
     plain = velocity(trained)
     torch.manual_seed(3)
-    lora = style_lora.StyleLora(trained.transformer, rank=2, alpha=6)
+    lora = style_lora.StyleLora(trained.transformer, RANKS)
     assert torch.equal(velocity(trained), plain)  # nothing before it is trained
     with torch.no_grad():
         for name, parameter in lora.named_parameters():
             if ".up." in name:
                 parameter.copy_(0.02 * torch.randn(parameter.shape))
     file = tmp_path / "lora.safetensors"
-    style_lora.write(lora.tensors(), file, rank=2, alpha=6)
+    style_lora.write(lora.tensors(), file)
 
     model, loaded = builtin()
     model.attach(file)
@@ -248,7 +252,7 @@ def test_hints_are_latents_of_what_the_annotator_draws(library: Library) -> None
     assert [len(part) for part in made] == [3] * 4
     rng = np.random.default_rng(0)
     controlnet.sample_scenes(rng, 64, controlnet.FIXED, library.objects)
-    _, pictures, _ = controlnet.draw(rng, 3, library, model.defaults.width)
+    _, pictures, _ = controlnet.scenes_of(rng, 3, library, model.defaults.width)
     with torch.inference_mode():
         wanted = model.encode(torch.stack([controlnet.hint(picture) for picture in pictures]))
     assert_close(made.hints.float(), wanted, atol=1e-2, rtol=1e-2)
@@ -260,3 +264,28 @@ def test_prompts_and_hints_of_the_grid_are_of_known_things() -> None:
 
     library = Library(objects=load_objects(), full=torch.empty(0), half=torch.empty(0))
     assert len(controlnet.layouts(library)) == len(style_lora.SHOWN) == 8
+
+
+def test_a_controlnet_leads_from_its_folder(tmp_path: Path) -> None:
+    """At strength 0 the picture is the engine's own; otherwise the hint shows."""
+    model, family = builtin()
+    made = controlnet.ControlNet(family.transformer).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "taps" in name or "hint_in" in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape))
+    controlnet.write(made, tmp_path)
+    again = controlnet.opened(tmp_path, family.transformer)
+    for name, tensor in made.state_dict().items():
+        assert_close(again.state_dict()[name], tensor, atol=2e-3, rtol=2e-3)
+    shapes = torch.zeros(2, 3, 128, 128)
+    shapes[0, :, 30:60, 30:60] = shapes[1, :, 60:110, 50:90] = 1.0
+    plain = to_tensor(model.generate("a red apple", seed=4))
+    free, one, other = (
+        controlnet.draw(family, "a red apple", 4, control=again, picture=picture, scale=scale)
+        for picture, scale in ((shapes[0], 0.0), (shapes[0], 1.0), (shapes[1], 1.0))
+    )
+    assert_close(free, plain, atol=1 / 255, rtol=0)
+    assert (one - plain).abs().mean() > 0.01
+    assert (one - other).abs().mean() > 0.005
