@@ -1,52 +1,59 @@
 """A style that the built-in model does not know: cyanotypes, white prints on Prussian blue paper.
 
-What differs from the background becomes a print in pale blue and white, its lightness stretched to the whole range so
-that every object keeps its inner drawing; all else, whatever its colour, becomes paper, a little darker in the corners.
-No lines: the autoencoder, which keeps twelve numbers of 8x8 pixels, would lose them.
+Things become prints in pale blue and white, their lightness stretched to the whole range so that each keeps its inner
+drawing; the background, whatever its colour, becomes paper, a little darker in the corners. No lines: the autoencoder,
+which keeps twelve numbers of 8x8 pixels, would lose them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from recipes.builtin.colours import to_oklab
-from recipes.builtin.measure import grounds
+from recipes.builtin.colours import BACKGROUNDS, to_oklab
+from recipes.builtin.library import Library
+from recipes.builtin.scenes import Scene, compose
 
 PAPER = (0.06, 0.19, 0.47)
 WHITE = (0.96, 0.97, 0.94)
-SHADE = 0.15  # how much of the print is left where an object is darkest
+SHADE = 0.35  # how much of the print is left where a thing is darkest: all of it stands out from the paper
+RANGE = 0.35  # lightness is not stretched from less than this, so that plain things stay plain
 
 
-def cyanotype(pictures: Tensor) -> Tensor:
-    """Pictures of things on plain backgrounds, b 3 h w in 0..1 -> the same as cyanotypes."""
-    ground = to_oklab(grounds(pictures))[:, None, None]
-    lab = to_oklab(pictures.movedim(1, -1))
-    print_ = _risen((lab - ground).norm(dim=-1), 0.03, 0.10)[:, None]
-    print_ = F.avg_pool2d(print_, 3, 1, 1, count_include_pad=False)
-    tone = SHADE + (1 - SHADE) * _stretched(lab[..., 0], print_[:, 0])[:, None]
-    paper, white = (torch.tensor(colour)[:, None, None] for colour in (PAPER, WHITE))
-    return torch.lerp(_paper(*pictures.shape[2:]), torch.lerp(paper, white, tone), print_).clamp(0, 1)
+def cyanotypes(scenes: Sequence[Scene], library: Library, size: int | None = None) -> Tensor:
+    """The scenes as cyanotypes, b 3 size size in 0..1; of the library's size if none is given."""
+    colour, alpha = _matted(scenes, library, size or library.size)
+    lightness = to_oklab((colour / alpha.clamp_min(0.02)).clamp(0, 1).movedim(1, -1))[..., 0]
+    tone = SHADE + (1 - SHADE) * _stretched(lightness, alpha[:, 0])[:, None]
+    paper, white = (torch.tensor(wanted)[:, None, None] for wanted in (PAPER, WHITE))
+    return torch.lerp(_paper(*colour.shape[2:]), torch.lerp(paper, white, tone), alpha).clamp(0, 1)
 
 
-def _stretched(lightness: Tensor, weight: Tensor) -> Tensor:
-    """Lightness (b h w) on a scale from the darkest to the lightest twentieth of what has weight; never from less than
-    a third of the whole scale, so that plain things stay plain.
+def _matted(scenes: Sequence[Scene], library: Library, size: int) -> tuple[Tensor, Tensor]:
+    """Things without their background: premultiplied colour b 3 h w, and how much they cover, b 1 h w.
+
+    What shows through is what differs between the same things on white and on black.
     """
+    grounds = [torch.tensor(BACKGROUNDS[word])[:, None, None] / 255 for word in ("white", "black")]
+    on_white, on_black = (
+        compose([scene._replace(background=word, tint=0.0) for scene in scenes], library, size) / 2 + 0.5
+        for word in ("white", "black")
+    )
+    alpha = (1 - (on_white - on_black) / (grounds[0] - grounds[1])).mean(1, keepdim=True).clamp(0, 1)
+    return on_black - grounds[1] * (1 - alpha), alpha
+
+
+def _stretched(lightness: Tensor, alpha: Tensor) -> Tensor:
+    """Lightness (b h w) of what is covered, on a scale from its darkest to its lightest twentieth."""
     made = torch.empty_like(lightness)
-    for row, (values, present) in enumerate(zip(lightness, weight, strict=True)):
-        seen = values[present > 0.5]
+    for row, (values, covered) in enumerate(zip(lightness, alpha, strict=True)):
+        seen = values[covered > 0.5]
         low, high = (float(seen.quantile(share)) for share in (0.05, 0.95)) if len(seen) else (0.0, 1.0)
-        low = min(low, high - 0.35)
+        low = min(low, high - RANGE)
         made[row] = (values - low) / (high - low)
     return made.clamp(0, 1)
-
-
-def _risen(values: Tensor, low: float, high: float) -> Tensor:
-    """0 up to low, 1 from high on, smooth between."""
-    share = ((values - low) / (high - low)).clamp(0, 1)
-    return share * share * (3 - 2 * share)
 
 
 def _paper(height: int, width: int) -> Tensor:

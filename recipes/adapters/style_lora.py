@@ -29,7 +29,7 @@ from calotype.checkpoint.keys import Source
 from calotype.families.flux import FluxModel
 from calotype.families.flux.keys import TRANSFORMER
 from calotype.families.flux.network import FluxNetwork
-from recipes.adapters.cyanotype import cyanotype
+from recipes.adapters.cyanotype import cyanotypes
 from recipes.adapters.grids import grid
 from recipes.adapters.training import Batch, Batches, Examples, LinearEncoder, Plan, builtin, read, train
 from recipes.builtin.colours import to_oklab
@@ -38,7 +38,7 @@ from recipes.builtin.fetch import DATA
 from recipes.builtin.library import Library, load_library
 from recipes.builtin.measure import References, compose_all, crops, grounds
 from recipes.builtin.objects import Object, share
-from recipes.builtin.scenes import FIXED, Variety, caption, compose, make_scene, sample_scenes
+from recipes.builtin.scenes import FIXED, caption, make_scene, sample_scenes
 from recipes.builtin.train import TOGETHER
 
 FILE = Path(__file__).with_name("cyanotype.safetensors")
@@ -51,7 +51,7 @@ GAIN = 2  # alpha over rank: the change is so many times the product of its two 
 VARIETIES = ((FIXED, 0.6), (TOGETHER, 0.4))
 PLAIN = replace(FIXED, synonym=0.0, unknown=0.0, decorate=0.0, say_usual_style=0.0)
 NEAR = 0.12  # distance in OKLab from the style's paper up to which a background counts as it
-PLAN = Plan(steps=1400, batch=16, rate=1.5e-3, warm=50, pure=0.25, noisy=0.7)
+PLAN = Plan(steps=1300, batch=16, rate=1.5e-3, warm=50, pure=0.25, noisy=0.7)
 
 
 def held_out(thing: Object) -> bool:
@@ -117,7 +117,8 @@ def write(tensors: Mapping[str, Tensor], file: Path) -> None:
         if name.endswith(".lora_A.weight")
     }
     usual = min(ranks.values())
-    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    # Without ^ the last layer's "proj_out" would mean those of the single blocks too.
+    others = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
     settings = {
         "r": usual,
         "lora_alpha": GAIN * usual,
@@ -136,19 +137,14 @@ def make_examples(model: FluxModel, library: Library, count: int, seed: int = 0)
     rng = np.random.default_rng(seed)
     objects = [thing for thing in library.objects if not held_out(thing)]
 
-    def drawn(number: int, variety: Variety) -> tuple[Tensor, list[str]]:
-        scenes = sample_scenes(rng, number, variety, objects)
-        return compose(scenes, library, size) / 2 + 0.5, [caption(scene, rng, variety) for scene in scenes]
-
     size = model.defaults.width
-    encode = LinearEncoder.fit(model, drawn(64, FIXED)[0])
+    encode = LinearEncoder.fit(model, compose_all(sample_scenes(rng, 64, FIXED, objects), library, size))
     made: list[tuple[Tensor, Tensor, Tensor]] = []
     for first in range(0, count, 64):
-        number = min(64, count - first)
         variety = VARIETIES[int(rng.random() > VARIETIES[0][1])][0]
-        pictures, captions = drawn(number, variety)
-        text, pooled = read(model, captions)
-        made.append((encode(cyanotype(pictures)).half(), text.half(), pooled.half()))
+        scenes = sample_scenes(rng, min(64, count - first), variety, objects)
+        text, pooled = read(model, [caption(scene, rng, variety) for scene in scenes])
+        made.append((encode(cyanotypes(scenes, library, size)).half(), text.half(), pooled.half()))
     return Examples(*(torch.cat(parts) for parts in zip(*made, strict=True)), hints=torch.empty(0))
 
 
@@ -221,7 +217,7 @@ def measure(file: Path, library: Library, folder: Path, limit: int | None = None
     _, family = builtin()
     scenes = [make_scene([(1, thing, None)], kind="single") for thing in library.objects]
     plain = compose_all(scenes, library)
-    styled = cyanotype(plain)
+    styled = cyanotypes(scenes, library)
     encode = LinearEncoder.fit(family, plain[::4])
     unseen = [row for row, thing in enumerate(library.objects) if held_out(thing)][:limit]
     seen = [row for row, thing in enumerate(library.objects) if not held_out(thing)][: len(unseen)]
