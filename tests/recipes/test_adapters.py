@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import flux_model
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -290,3 +293,36 @@ def test_a_controlnet_leads_from_its_folder(tmp_path: Path) -> None:
     assert_close(free, plain, atol=1 / 255, rtol=0)
     assert (one - plain).abs().mean() > 0.01
     assert (one - other).abs().mean() > 0.005
+
+
+@pytest.mark.skipif(not style_lora.FILE.exists(), reason="the file is not in this checkout")
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_reads_the_cyanotype_file_alike() -> None:
+    from diffusers import FluxTransformer2DModel
+
+    model, family = builtin()
+    folder = Path(calotype.__file__).parent / "builtin" / "transformer"
+    theirs = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.float32)
+    with safe_open(style_lora.FILE, "pt") as tensors:
+        told = json.loads(tensors.metadata()["lora_adapter_metadata"])
+    theirs.load_lora_adapter(load_file(style_lora.FILE), prefix="transformer", metadata=told)
+    model.attach(style_lora.FILE)
+    assert family.adapters is not None
+    family.adapters.apply()
+    text, pooled = read(family, ["a red apple"])
+    noisy = torch.randn(1, 4, 192, generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros(4, 3)
+    ids[:, 1], ids[:, 2] = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+    with torch.inference_mode():
+        prepared = family.transformer.prepare(text, pooled, None, torch.tensor([0.7]), 2, 2)
+        ours = family.transformer(noisy, prepared, 0)
+        (other,) = theirs(
+            hidden_states=noisy,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+            timestep=torch.tensor([0.7]),
+            img_ids=ids,
+            txt_ids=torch.zeros(20, 3),
+            return_dict=False,
+        )
+    assert_close(ours, other, atol=1e-4, rtol=1e-4)
