@@ -165,7 +165,7 @@ def compare(model: Sd1Model, pipeline: Any, side: int, steps: int) -> dict[str, 
     job = request.complete(model.defaults, seed=SEED)
     result: dict[str, Any] = {}
 
-    mine = torch.cat([model.condition(words, job, negative=False).text for words in (PROMPT, NEGATIVE)])
+    mine = torch.cat([model.condition(words, job, negative=False).texts[0] for words in (PROMPT, NEGATIVE)])
     text = torch.cat([pipeline.encode_prompt(words)["encoder_hidden_states"] for words in (PROMPT, NEGATIVE)])
     result["CLIP, both prompts"] = difference(mine, text)
 

@@ -126,7 +126,7 @@ def question(reference: calotype.Model[Any], side: int) -> Callable[[calotype.Mo
     @torch.inference_mode()
     def ask(model: calotype.Model[Any]) -> tuple[Tensor, float]:
         with model.family.memory.holding(model.family.backbone):
-            denoise = model.family.denoiser(conditioning, levels.path, job)
+            denoise = model.family.denoiser(conditioning, levels.path, [job])
             start = time.perf_counter()
             clean = denoise(x, levels.path[0])
             return (x - clean) / levels.path[0].sigma, time.perf_counter() - start

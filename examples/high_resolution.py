@@ -59,43 +59,17 @@ def main() -> None:
     model = calotype.load(*given.model)
     fields = scaled(RECIPES[given.family], given.scale, model.family.defaults.grain)
     print(f"{model.name}: {fields}")
-    first = calotype.Request(prompt=given.prompt, negative_prompt=NEGATIVE, seed=given.seed, **fields)
+    led = [
+        calotype.Control(kind=kind, model=file, scale=scale)  # by the picture that is there when the pass begins
+        for kind, file, scale in (("tile", given.tile, 0.5), ("lineart", given.lineart, 0.7))
+        if file
+    ]
+    if led:
+        fields["high_res"] = [{**each, "controls": led} for each in fields["high_res"]]
+    picture = draw(model, calotype.Request(prompt=given.prompt, negative_prompt=NEGATIVE, seed=given.seed, **fields))
     if given.family == "turbo":
-        picture = draw(model, first)
         second = given.prompt.replace("golden evening", "cold winter")
         picture = draw(model, calotype.Request(prompt=second, seed=given.seed, input_image=picture, **fields))
-    elif given.tile or given.lineart:
-        # ControlNets are led by a picture that is there: the small one.
-        stages = fields.pop("high_res")
-        tiles = {name: fields.pop(name) for name in ("tile_size", "tile_stride")}
-        picture = draw(
-            model, calotype.Request(prompt=given.prompt, negative_prompt=NEGATIVE, seed=given.seed, **fields)
-        )
-        for stage in stages:
-            controls = [
-                calotype.Control(kind=kind, model=file, image=picture, scale=scale)
-                for kind, file, scale in (("tile", given.tile, 0.5), ("lineart", given.lineart, 0.7))
-                if file
-            ]
-            picture = draw(
-                model,
-                calotype.Request(
-                    prompt=given.prompt,
-                    negative_prompt=NEGATIVE,
-                    seed=given.seed,
-                    input_image=picture,
-                    width=stage["width"],
-                    height=stage["height"],
-                    denoising_strength=stage["strength"],
-                    steps=stage["steps"],
-                    cfg_scale=fields["cfg_scale"],
-                    controls=controls,
-                    tiled=stage["tiled"],
-                    **(tiles if stage["tiled"] else {}),
-                ),
-            )
-    else:
-        picture = draw(model, first)
     calotype.save(picture, given.out)
     print(f"{given.out}: {picture.width} x {picture.height}")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import closing
-from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from calotype.generate import Picture, stream
 from calotype.image import to_tensor
 from calotype.nn.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from calotype.request import Request
-from calotype.sampling.guidance import guided_both
+from calotype.sampling.guidance import guided_both, halves
 from calotype.sampling.samplers import SAMPLERS, evaluated
 from recipes.builtin.autoencoder import Basis, load_basis
 from recipes.builtin.fetch import DATA
@@ -135,14 +134,13 @@ def _together(model: FluxModel, prompts: Sequence[str], seeds: Sequence[int], se
         return torch.cat(rows).to(model.device)
 
     with model.memory.holding(*model.encoders):
-        conditioning = reduce(joined, [model.condition(prompt, job, negative=False) for prompt in prompts])
-        nothing = reduce(joined, [model.condition("", job, negative=True)] * len(prompts))
+        conditionings = [model.condition(prompt, job, negative=False) for prompt in prompts]
+        if job.cfg_scale != 1:
+            conditionings += [model.condition("", job, negative=True)] * len(prompts)
     with model.memory.holding(model.backbone):
-        if job.cfg_scale == 1:
-            denoise = model.denoiser(conditioning, asked, job)
-        else:
-            both = model.both(conditioning, nothing, asked, job)
-            denoise = guided_both(both, job.cfg_scale, job.cfg_rescale, model.prediction)
+        denoise = model.denoiser(joined(conditionings), asked, [job] * len(conditionings))
+        if job.cfg_scale != 1:
+            denoise = guided_both(halves(denoise), job.cfg_scale, job.cfg_rescale, model.prediction)
         x = model.start(job, levels, noise)
         for step in sampler(denoise, x, levels, noise):
             x = step.x

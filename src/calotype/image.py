@@ -92,12 +92,12 @@ def mask_tensor(mask: Image.Image, height: int, width: int) -> Tensor:
     return F.adaptive_avg_pool2d(values, (height, width))
 
 
-def input_picture(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
+def input_picture(given: str | os.PathLike[str] | Image.Image, field: str = "input_image") -> Image.Image:
     """A picture to start from: opened if it is a path, turned as its camera was held, on white where it is clear.
 
     Raises RequestError naming what cannot be read.
     """
-    picture = _opened(given, "input_image")
+    picture = _opened(given, field)
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))

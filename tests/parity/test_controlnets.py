@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -26,7 +28,7 @@ from calotype.checkpoint.controlnets import CONTROLNET
 from calotype.errors import RequestError, WrongShape
 from calotype.image import to_tensor
 from calotype.nn.controlnet import ControlNet
-from calotype.request import Control
+from calotype.request import Control, HighRes
 
 HINTS = (8, 12, 16, 24)
 
@@ -113,6 +115,36 @@ def test_sd1_with_one_and_two(tmp_path: Path) -> None:
     assert_same(ours(tmp_path / "sd1", [first, second]), reference)
     reference = theirs(one, {"image": picture(1)}, guidance_scale=1.0)
     assert_same(ours(tmp_path / "sd1", [control(tmp_path / "a", 1)], cfg_scale=1.0), reference)
+
+
+def test_a_pass_at_a_higher_resolution_is_led_by_the_picture_that_is_there(tmp_path: Path) -> None:
+    """As two requests, the second of which starts from what the first drew; each picture by its own."""
+    sd1(tmp_path / "sd1")
+    controlnet(tmp_path / "a", sdxl=False)
+    model: Any = calotype.load(tmp_path / "sd1", device="cpu")
+    large: Any = {"width": 2 * SIZE["width"], "height": 2 * SIZE["height"], "tiled": True, "tile_size": 64}
+    led = [Control(kind="none", model=str(tmp_path / "a"), scale=0.7)]
+    fields: Any = {"steps": 3, "cfg_scale": 4.0, "count": 2, "seed": 5}
+    asked = HighRes(**large, strength=0.6, steps=4, controls=tuple(led))
+    for kind in ("none", "canny"):
+        led = [replace(led[0], kind=kind)]
+        passes = (replace(asked, controls=tuple(led)),)
+        at_once = model.generate(PROMPT, high_res=passes, **SIZE, **fields)
+        small = model.generate(PROMPT, **SIZE, **fields)
+        for k in range(2):
+            again = model.generate(
+                PROMPT,
+                **large,
+                **fields | {"steps": 4, "count": 1, "seed": 5 + k},
+                input_image=small[k],
+                denoising_strength=0.6,
+                controls=led,
+            )
+            assert np.array_equal(np.asarray(at_once[k]), np.asarray(again))
+    plain = model.generate(PROMPT, high_res=(replace(asked, controls=()),), **SIZE, **fields)
+    assert not np.array_equal(np.asarray(plain[0]), np.asarray(at_once[0]))
+    with pytest.raises(RequestError, match=r"high_res\[0\].controls\[0\].kind: got 'cany'; allowed: one of canny"):
+        model.generate(PROMPT, high_res=[{**large, "controls": [{"kind": "cany", "model": str(tmp_path / "a")}]}])
 
 
 def test_sdxl(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_conditioning(tokenizer: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         text, _, pooled, _ = pipeline.encode_prompt(PROMPT, device="cpu")
         ours = model.condition(PROMPT, job, negative=False)
-    assert_near(ours.text, text)
+    assert_near(ours.texts[0], text)
     assert ours.vector is not None
     assert_near(ours.vector[:, :32], pooled)
 
@@ -69,7 +69,7 @@ def test_storage_in_fewer_bits(
     assert not exact.storage_errors
     job = calotype.Request(prompt=PROMPT, **SIZE).complete(exact.family.defaults, seed=0)
     with torch.inference_mode():
-        a, b = (model.family.condition(PROMPT, job, negative=False).text for model in (exact, kept))
+        a, b = (model.family.condition(PROMPT, job, negative=False).texts[0] for model in (exact, kept))
     assert 0 < float((a - b).norm() / a.norm()) < 20 * error  # three layers and their softmax magnify it
     for storage, said in (({"chatglm": "int3"}, "int8, int4"), ({"vae": "int8"}, "unet, chatglm")):
         with pytest.raises(calotype.RequestError, match=said):

@@ -122,12 +122,12 @@ def test_clip_skip(skip: int, tmp_path: Path) -> None:
         hidden = pipeline.text_encoder(ids, output_hidden_states=True).hidden_states[-skip]
         norm = dict(pipeline.text_encoder.named_modules())
         final = next(module for name, module in norm.items() if name.endswith("final_layer_norm"))
-        assert_near(model.condition(PROMPT, job, negative=False).text, final(hidden))
+        assert_near(model.condition(PROMPT, job, negative=False).texts[0], final(hidden))
         theirs_2, mine = sdxl(tmp_path / "sdxl"), calotype.load(tmp_path / "sdxl").family
         assert isinstance(mine, SdxlModel)
         job = calotype.Request(prompt=PROMPT, clip_skip=skip).complete(mine.defaults, seed=0)
         first = theirs_2.text_encoder(ids, output_hidden_states=True).hidden_states[-skip]
-        assert_near(mine.condition(PROMPT, job, negative=False).text[..., :32], first)
+        assert_near(mine.condition(PROMPT, job, negative=False).texts[0][..., :32], first)
 
 
 def test_unets_and_encoders(tmp_path: Path) -> None:
@@ -152,13 +152,13 @@ def test_unets_and_encoders(tmp_path: Path) -> None:
         job = calotype.Request(prompt=PROMPT, **SIZE).complete(model.defaults, seed=0)
         embeds, _, pooled, _ = pipeline.encode_prompt(PROMPT, device="cpu")
         conditioning = model.condition(PROMPT, job, negative=False)
-        assert_near(conditioning.text, embeds)
+        assert_near(conditioning.texts[0], embeds)
         assert conditioning.vector is not None
         assert_near(conditioning.vector[:, :40], pooled)
         sizes = torch.tensor([[64.0, 96.0, 0.0, 0.0, 64.0, 96.0]])
         added = {"text_embeds": pooled, "time_ids": sizes}
         reference = pipeline.unet(x, time, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
-        prepared = model.unet.prepare([conditioning.text], conditioning.vector, time)
+        prepared = model.unet.prepare(conditioning.texts, conditioning.vector, time)
         assert_near(model.unet(x, *prepared.at(0)), reference)
 
 

@@ -21,7 +21,7 @@ from tiny import flux_model
 
 import calotype
 from calotype.cli import doctor, progress
-from calotype.cli.generate import SLUG_BYTES, Target, slug
+from calotype.cli.generate import READ, SLUG_BYTES, Target, slug
 from calotype.cli.generate import _loras as loras_of
 from calotype.cli.generate import _loras_in as loras_in
 from calotype.cli.main import app, main
@@ -31,7 +31,7 @@ from calotype.families.flux import FluxModel
 from calotype.generate import Events, Model
 from calotype.image import read_metadata, save, to_pil
 from calotype.loading import Description, PartDescription
-from calotype.request import SIZES, Request
+from calotype.request import SIZES, Control, Request
 from calotype.version import VERSION
 
 HELP = Path(__file__).parents[1] / "data" / "help"
@@ -285,6 +285,34 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
     assert read_metadata(capsys.readouterr().out.strip())[0].to_dict() == {"prompt": "a fox", **kept}
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("tile=tile.pth", {"kind": "tile", "model": "tile.pth"}),
+        (r"tile=C:\nets\tile.pth@0.5", {"kind": "tile", "model": r"C:\nets\tile.pth", "scale": 0.5}),
+        (r"a=C:/d.pth:D:\left.png", {"kind": "a", "model": "C:/d.pth", "image": r"D:\left.png"}),
+        ("none:depth=org/net:a.png@1", {"kind": "none:depth", "model": "org/net", "image": "a.png", "scale": 1.0}),
+    ],
+)
+def test_a_control_is_read_from_its_option(text: str, wanted: dict[str, Any]) -> None:
+    assert READ["controls"]([text]) == [wanted]
+
+
+def test_passes_have_controls_of_their_own(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[Request] = []
+
+    def watched(request: Request) -> Events:
+        requests.append(request)
+        return stream(replace(request, high_res=()))
+
+    stream = loader.model.stream
+    monkeypatch.setattr(loader.model, "stream", watched)
+    words = ["--high-res=64x32", "--high-res=96x48", "--high-res-control", "tile=net.pth@0.5"]
+    assert main(["generate", "a fox", *words]) == 0
+    led = (Control(kind="tile", model="net.pth", scale=0.5),)
+    assert [each.controls for each in requests[0].high_res] == [led, led]
+
+
 def test_the_model_is_loaded_as_asked(loader: Loader, capsys: Said) -> None:
     words = ["--model", "a.safetensors", "--model=org/name", "--device=cpu", "--dtype=bfloat16", "--memory=resident"]
     words += ["--backend=openvino", "--storage", "t5=int8", "--storage=transformer=int4", "--storage=fp8_e4m3"]
@@ -318,6 +346,9 @@ def test_the_model_is_loaded_as_asked(loader: Loader, capsys: Said) -> None:
         (["--steps"], "--steps"),
         (["another"], "another"),
         (["--like", "none.png"], "none.png.*No such file"),
+        (["--control", "canny=net.pth"], r"controls\[0\].image.*no input_image"),
+        (["--control", "canny=net.pth:none.png"], r"controls\[0\].image: got 'none.png'.*No such file"),
+        (["--high-res-control", "canny=net.pth"], "high_res_control.*without --high-res"),
     ],
 )
 def test_a_bad_command_line_is_refused_before_the_model_is_loaded(

@@ -75,10 +75,10 @@ def test_prepared_levels_equal_the_plain_form(family: FluxModel) -> None:
     conditioning = family.condition(job.prompt, job, negative=False)
     path = family.levels(job).path[:-1]
     with torch.inference_mode():
-        together = family.denoiser(conditioning, path, job)
+        together = family.denoiser(conditioning, path, [job])
         x = torch.randn(1, *family.noise_shape(job), generator=torch.Generator().manual_seed(0))
         for level in path:
-            alone = family.denoiser(conditioning, [level], job)(x, level)
+            alone = family.denoiser(conditioning, [level], [job])(x, level)
             assert torch.allclose(together(x, level), alone, atol=1e-5, rtol=1e-5)
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 import calotype
 from calotype.errors import RequestError
-from calotype.generate import Model, Picture, Progress
+from calotype.generate import Model, Picture, Progress, denoisers
 from calotype.image import read_metadata, save
 from calotype.request import HighRes, Region, Request
 
@@ -205,3 +205,49 @@ def test_what_the_family_cannot_draw_is_refused(fields: dict[str, Any], said: st
 def test_an_extended_picture_has_its_own_size(apple: Image.Image) -> None:
     with pytest.raises(RequestError, match="width: got 256; allowed: None with extend: 192x128 follows"):
         one(**FIELDS, input_image=apple, extend=(0, 0, 64, 0), width=256)
+
+
+PLACED: dict[str, Any] = {
+    "tiles": {"width": 256, "height": 192, "tiled": True},
+    "guided tiles": {"width": 256, "height": 192, "tiled": True, "cfg_scale": 3.0, "cfg_rescale": 0.5},
+    "regions": {"regions": [Region(prompt="a blue car", mask=mask(0, 0, 63, 127), scale=3)], "cfg_scale": 3.0},
+    "regions in tiles": {
+        "regions": [Region(prompt="a blue car", mask=mask(0, 0, 63, 127), scale=3)],
+        "cfg_scale": 3.0,
+        "width": 256,
+        "tiled": True,
+    },
+    "a mask in tiles": {"width": 256, "tiled": True, "mask_image": mask(0, 0, 63, 127)},
+}
+
+
+@pytest.mark.parametrize("fields", PLACED.values(), ids=PLACED.keys())
+def test_what_goes_through_together_is_what_goes_through_alone(
+    fields: dict[str, Any], apple: Image.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = FIELDS | fields | ({"input_image": apple} if "mask_image" in fields else {})
+    rows: list[int] = []
+    network = model().family.backbone
+    watching = network.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    try:
+        together, passes = one(**fields), rows.copy()
+        monkeypatch.setattr(denoisers, "TOGETHER", 1)
+        alone = one(**fields)
+    finally:
+        watching.remove()
+    assert len(passes) == FIELDS["steps"]
+    assert len(rows) - len(passes) >= 2 * len(passes)
+    assert max(rows[len(passes) :]) <= 2
+    assert abs(pixels(together) - pixels(alone)).max() <= 1
+
+
+def test_a_pass_takes_no_more_than_a_large_picture_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(denoisers, "TOGETHER", 5 * 2 * 16 * 16)
+    rows: list[int] = []
+    watching = model().family.backbone.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    try:
+        one(**FIELDS | {"width": 384, "height": 384, "tiled": True, "tile_stride": 64, "cfg_scale": 2.0})
+    finally:
+        watching.remove()
+    assert sum(rows) == 2 * 25 * FIELDS["steps"]
+    assert max(rows) == 10

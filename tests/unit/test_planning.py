@@ -90,6 +90,16 @@ def test_planning_leaves_no_mode_behind() -> None:
     assert type(torch.zeros(1) + 1) is torch.Tensor
 
 
+def test_models_that_share_an_encoder_with_a_planned_one_keep_their_weights(tmp_path: Path) -> None:
+    files = tiny.originals(tmp_path).values()
+    model = load(*files)
+    before = model.generate("a red apple", steps=1, seed=1, width=32, height=32)
+    plan(*files, width=64, height=64)
+    again = load(*files, memory="stream")
+    again.prompts.clear()
+    assert again.generate("a red apple", steps=1, seed=1, width=32, height=32) == before
+
+
 def test_the_command_prints_it() -> None:
     runner = CliRunner()
     shown = runner.invoke(app, ["info", "--plan", "--width", "256", "--height", "128"])

@@ -174,6 +174,7 @@ def test_silence_means_the_familys_default() -> None:
         **dict.fromkeys(("clip_skip", "input_image", "input_name", "denoising_strength", *SIZES)),
         **dict.fromkeys(("mask_image", "mask_name", "extend", "tile_size", "tile_stride")),
         **dict.fromkeys(("loras", "regions", "region_masks", "controls", "control_images", "high_res"), ()),
+        **dict.fromkeys(("pass_images", "pass_tiles"), ()),
         **dict.fromkeys(("keep_unmasked", "tiled"), False),
         "mask_feather": 0,
     }

@@ -195,7 +195,7 @@ def read(model: Model[Any], prompt: str) -> Tensor:
     """What the UNet is told of a prompt."""
     family = model.family
     assert isinstance(family, UNetModel)
-    return family.condition(prompt, Request(prompt=prompt).complete(family.defaults, seed=1), negative=False).text
+    return family.condition(prompt, Request(prompt=prompt).complete(family.defaults, seed=1), negative=False).texts[0]
 
 
 def test_an_embedding_among_the_sources_is_a_word_of_prompts(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import typer
 
 from calotype.errors import OutputError, RequestError
 from calotype.image import check_writable, input_picture, mask_picture, read_metadata, save
-from calotype.request import Request, Size, extended, fingerprint, resized
+from calotype.request import Control, Request, Size, extended, fingerprint, resized
 
 if TYPE_CHECKING:
     from calotype.cli.progress import Silent
@@ -98,9 +98,9 @@ def generate(
         _named(
             "--control",
             "Picture",
-            "KIND=MODEL:IMAGE[@SCALE]",
-            "Lead the ControlNet in MODEL by IMAGE, as the annotator KIND draws it (none: as it is); repeat it for "
-            "others.",
+            "KIND=MODEL[:IMG][@SCALE]",
+            "Lead the ControlNet in MODEL by IMG, or the --input-image, as the annotator KIND draws it (none: as it "
+            "is); repeat it for others.",
         ),
     ] = None,
     high_res: Annotated[
@@ -111,6 +111,12 @@ def generate(
             "WxH[@STRENGTH[@STEPS[@UPSCALER]]]",
             "Draw over the finished picture at this size; repeat it for larger ones. Strength 0.5, the same steps, and "
             "lanczos (or latent) if not given.",
+        ),
+    ] = None,
+    high_res_control: Annotated[
+        list[str] | None,
+        _large(
+            "KIND=MODEL[:IMG][@SCALE]", "Lead the --high-res passes by this instead of --control; by what is there."
         ),
     ] = None,
     tiled: Annotated[
@@ -191,20 +197,9 @@ def generate(
         raise typer.BadParameter("give a PROMPT, or --like PNG to repeat a picture")
     else:
         request = Request.from_dict(given)
-    # Not to find out after loading that they cannot be read.
-    if request.input_image is not None:
-        input_picture(request.input_image)
-    if request.mask_image is not None:
-        mask_picture(request.mask_image)
-    for number, region in enumerate(request.regions):
-        mask_picture(region.mask, f"regions[{number}].mask")
-    if request.loras:
-        from calotype.lora.files import find
-
-        for lora in request.loras:
-            find(lora.file)
-    for control in request.controls:
-        input_picture(control.image)
+    if high_res_control:
+        request = _led(request, high_res_control)
+    _check_files(request)
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
@@ -228,6 +223,34 @@ def generate(
     if request.negative_prompt and cfg_scale == 1:
         _note("negative_prompt has no effect where cfg_scale is 1")
     draw(loaded, request, target, preview, show)
+
+
+def _led(request: Request, texts: list[str]) -> Request:
+    """A request whose passes at higher resolutions have these controls."""
+    if not request.high_res:
+        raise RequestError("high_res_control", ", ".join(texts), "None without --high-res")
+    led = tuple(Control(**values) for values in _controls(texts))
+    return replace(request, high_res=tuple(replace(each, controls=led) for each in request.high_res))
+
+
+def _check_files(request: Request) -> None:
+    """Not to find out after loading a model that they cannot be read."""
+    if request.input_image is not None:
+        input_picture(request.input_image)
+    if request.mask_image is not None:
+        mask_picture(request.mask_image)
+    for number, region in enumerate(request.regions):
+        mask_picture(region.mask, f"regions[{number}].mask")
+    if request.loras:
+        from calotype.lora.files import find
+
+        for lora in request.loras:
+            find(lora.file)
+    passes = [(f"high_res[{number}].", each.controls or ()) for number, each in enumerate(request.high_res)]
+    for prefix, controls in (("", request.controls), *passes):
+        for number, control in enumerate(controls):
+            if control.image is not None:
+                input_picture(control.image, f"{prefix}controls[{number}].image")
 
 
 def draw(model: Model[Any], request: Request, target: Target, preview: Path | None, show: Silent) -> None:
@@ -309,16 +332,20 @@ def _regions(texts: list[str]) -> list[dict[str, Any]]:
 
 
 def _controls(texts: list[str]) -> list[dict[str, Any]]:
-    """KIND=MODEL:IMAGE[@SCALE], each. The last colon that stands before a name, and not a drive, parts the two."""
+    """KIND=MODEL[:IMG][@SCALE], each. The last colon that is not a drive's parts the two."""
     made: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        found = re.fullmatch(r"([^=]+)=(.+):((?:[A-Za-z]:(?=[\\\\/]))?[^:]+?)(?:@(\d+(?:\.\d+)?))?", text)
+        found = re.fullmatch(rf"([^=]+)=({_PATH})(?::({_PATH}))?(?:@(\d+(?:\.\d+)?))?", text)
         if found is None:
-            allowed = "KIND=MODEL:IMAGE[@SCALE], as canny=control.safetensors:photo.png@0.8"
+            allowed = "KIND=MODEL[:IMG][@SCALE], as canny=control.safetensors:photo.png@0.8"
             raise RequestError(f"controls[{number}]", text, allowed)
-        values = {"kind": found[1], "model": found[2], "image": found[3]}
-        made.append(values if found[4] is None else {**values, "scale": float(found[4])})
+        kinds = {"kind": str, "model": str, "image": str, "scale": float}
+        pairs = zip(kinds.items(), found.groups(), strict=True)
+        made.append({name: kind(value) for (name, kind), value in pairs if value is not None})
     return made
+
+
+_PATH = r"(?:[A-Za-z]:(?=[\\/]))?[^:]+?"  # a drive before it, or none
 
 
 def _high_res(texts: list[str]) -> list[dict[str, Any]]:

@@ -102,12 +102,20 @@ class ManifestPart:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Controls:
+    """A family's ControlNets: `misfit` says why a configuration does not go with a backbone's, None where it does."""
+
+    part: Part[Any]
+    misfit: Callable[[Any, Any], str | None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family. The first role is the backbone, by which a model is known to be of the family.
 
     `variants` are those that people choose between, with their defaults; `variant` names a backbone's configuration;
     `refusal` says why one cannot run; `misfit` says which role's configuration does not go with the others; `harmless`
-    are patterns of keys outside all parts.
+    are patterns of keys outside all parts; `controls` are its ControlNets.
     """
 
     name: str
@@ -122,6 +130,7 @@ class Family:
     assemble: Callable[[Assembly], FamilyModel[Any]]
     manifests: tuple[Manifest, ...]
     harmless: tuple[str, ...] = ()
+    controls: Controls | None = None
 
     @property
     def backbone(self) -> Role:

@@ -8,14 +8,16 @@ from functools import cached_property
 from typing import Generic, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from calotype.control.hints import Hint
 from calotype.errors import RequestError
 from calotype.lora.attach import Adapters
 from calotype.memory.ladder import Memory
+from calotype.nn.leader import Leader
 from calotype.request import Defaults, Job
-from calotype.sampling.guidance import Both, Prediction
+from calotype.sampling.guidance import Prediction
 from calotype.sampling.levels import Level, Levels
 from calotype.sampling.samplers import Denoise, Noise
 
@@ -64,16 +66,35 @@ class FamilyModel(ABC, Generic[C]):
         """The latents that sampling begins with where there is no input image, float32."""
 
     @abstractmethod
-    def denoiser(self, conditioning: C, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()) -> Denoise:
+    def denoiser(
+        self, conditioning: C, levels: Sequence[Level], jobs: Sequence[Job], *, hints: Sequence[Hint] = ()
+    ) -> Denoise:
         """The estimate of clean latents, with all that does not depend on the noisy ones computed here, once.
 
-        `levels` are all those that will be asked for. What a model takes beside the latents follows them in x.
-        `hints` are what ControlNets are led by; RequestError where the family has none that run.
+        One row for each of `conditioning`: x has as many, or one for all of them. `jobs` are those of the rows, of one
+        size. `levels` are all those that will be asked for. What a model takes beside the latents follows them in x.
+        `hints` are what ControlNets are led by, with a row for all, or several, each for as many rows of x, in turns;
+        RequestError where the family has none that run.
         """
 
     @abstractmethod
-    def both(self, positive: C, negative: C, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()) -> Both:
-        """As `denoiser`, for both sides of classifier-free guidance in one pass through the network."""
+    def joined(self, conditionings: Sequence[C]) -> C | None:
+        """Several conditionings as one, row after row; None where they are too unlike for one pass."""
+
+    def seen_by(self, network: Leader, picture: Tensor, mask: Tensor | None) -> Tensor:
+        """What a ControlNet sees of a picture (b 3 h w in 0..1): pixels, or latents, with the mask if it wants one.
+
+        mask b 1 h w in 0..1, 1 where something is to be drawn.
+        """
+        if network.sees == "picture":
+            return picture
+        if network.sees == "latents":
+            return self.encode(picture)
+        if mask is None:
+            raise RequestError("mask_image", None, "a mask: one of the ControlNets was made for inpainting")
+        mask = (mask > 0.5).float()
+        latents = self.encode(picture * (1 - mask))
+        return torch.cat([latents, 1 - F.interpolate(mask, size=latents.shape[2:])], dim=1)
 
     def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
         """What a model that inpaints takes beside the noisy latents, on their grid: b c h w.

@@ -23,7 +23,6 @@ from calotype.nn.controlnet import ControlNet, ControlNetConfig
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet, UNetConfig
 from calotype.request import Defaults, Job
-from calotype.sampling.guidance import Both
 from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 
@@ -31,7 +30,9 @@ Vae = Autoencoder | TinyAutoencoder | OpenVinoAutoencoder
 
 
 class UNetConditioning(NamedTuple):
-    text: Tensor  # b n d, what cross-attention reads
+    texts: tuple[
+        Tensor, ...
+    ]  # b n d, what cross-attention reads, for each group of rows whose prompts are of one length
     vector: Tensor | None  # b d, pooled text and sizes; None for a UNet without that input
 
 
@@ -94,39 +95,16 @@ class UNetModel(FamilyModel[UNetConditioning]):
         return noise() if self.diffusion.unit_start else levels.path[0].sigma * noise()
 
     def denoiser(
-        self, conditioning: UNetConditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
-    ) -> Denoise:
-        return self._estimates([conditioning.text], conditioning.vector, levels, hints)
-
-    def both(
         self,
-        positive: UNetConditioning,
-        negative: UNetConditioning,
+        conditioning: UNetConditioning,
         levels: Sequence[Level],
-        job: Job,
+        jobs: Sequence[Job],
         *,
         hints: Sequence[Hint] = (),
-    ) -> Both:
-        texts = [positive.text, negative.text]
-        if positive.text.shape == negative.text.shape:
-            texts = [torch.cat(texts)]
-        vector = None
-        if positive.vector is not None and negative.vector is not None:
-            vector = torch.cat([positive.vector, negative.vector])
-        denoise = self._estimates(texts, vector, levels, hints)
-
-        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            with_, without = denoise(x, level).chunk(2)
-            return with_, without
-
-        return both
-
-    def _estimates(
-        self, texts: Sequence[Tensor], vector: Tensor | None, levels: Sequence[Level], hints: Sequence[Hint]
     ) -> Denoise:
-        """One row of x -> an estimate for each row of text."""
         number = {level: i for i, level in enumerate(levels)}
         times = torch.tensor([level.time for level in levels], device=self.device)
+        texts, vector = conditioning
         prepared = self.unet.prepare(texts, vector, times)
         estimate = ESTIMATES[self.diffusion.prediction]
         additions = self._additions(texts, vector, times, hints)
@@ -138,6 +116,16 @@ class UNetModel(FamilyModel[UNetConditioning]):
 
         return denoise
 
+    def joined(self, conditionings: Sequence[UNetConditioning]) -> UNetConditioning:
+        texts: list[Tensor] = []
+        for text in (text for each in conditionings for text in each.texts):
+            if texts and texts[-1].shape[1] == text.shape[1]:
+                texts[-1] = torch.cat([texts[-1], text])
+            else:
+                texts.append(text)
+        vectors = [each.vector for each in conditionings if each.vector is not None]
+        return UNetConditioning(tuple(texts), torch.cat(vectors) if vectors else None)
+
     def _additions(
         self, texts: Sequence[Tensor], vector: Tensor | None, times: Tensor, hints: Sequence[Hint]
     ) -> Callable[[Tensor, int], tuple[Sequence[Tensor], ...]]:
@@ -147,19 +135,23 @@ class UNetModel(FamilyModel[UNetConditioning]):
         unet = self.unet
         if not isinstance(unet, UNet):
             raise RequestError("controls", f"{len(hints)} of them", "none with the backend openvino: load with torch")
+        led = [(hint, hint.network) for hint in hints if isinstance(hint.network, ControlNet)]
+        assert len(led) == len(hints)
         prepared = [
-            hint.network.prepare_hinted(texts, vector, times, hint.kind, reader_for(hint.network, unet.config, unet))
-            for hint in hints
+            network.prepare_hinted(texts, vector, times, hint.kind, reader_for(network, unet.config, unet))
+            for hint, network in led
         ]
-        embedded = [hint.embedded for hint in hints]
+        embedded = [network.embed(hint.picture, hint.kind) for hint, network in led]
 
         def additions(x: Tensor, step: int) -> tuple[Sequence[Tensor], ...]:
             total: list[Tensor] = []
-            for hint, own, seen in zip(hints, prepared, embedded, strict=True):
+            for (hint, network), own, seen in zip(led, prepared, embedded, strict=True):
                 if not hint.leads(step, len(times)):
                     continue
-                latents = x[:, : hint.network.config.channels_in]
-                made = [hint.scale * each.to(unet.conv_in.dtype) for each in hint.network(latents, *own.at(step), seen)]
+                latents = x[:, : network.config.channels_in]
+                if len(seen) < len(x):
+                    seen = seen.repeat(len(x) // len(seen), 1, 1, 1)
+                made = [hint.scale * each.to(unet.conv_in.dtype) for each in network(latents, *own.at(step), seen)]
                 total = [a + b for a, b in zip(total, made, strict=True)] if total else made
             return (total,) if total else ()
 

@@ -2,85 +2,68 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from calotype.checkpoint.controlnets import CONTROLNET
+import torch
+
 from calotype.checkpoint.detect import detect
-from calotype.checkpoint.layouts import Found
+from calotype.checkpoint.layouts import Found, Part
 from calotype.checkpoint.sources import open_source
 from calotype.errors import LoadError, RequestError, UnknownModel, UnsupportedModel, WrongShape
 from calotype.families import FAMILIES
 from calotype.families.family import Family
-from calotype.families.unets import UNetModel, control_misfit
-from calotype.generate import FamilyModel
+from calotype.families.model import FamilyModel
+from calotype.loading.attached import attached
 from calotype.loading.gather import locate
-from calotype.loading.storage import stored_dtype
-from calotype.memory.layers import Maker
-from calotype.memory.pages import Mapping as MappedFile
-from calotype.nn.controlnet import ControlNet, ControlNetConfig
-from calotype.nn.unet import UNet, UNetConfig
+from calotype.nn.leader import Leader
 
 
-def load_control(source: str, model: FamilyModel[object], dtype: torch.dtype | None) -> ControlNet:
+def load_control(source: str, model: FamilyModel[Any], dtype: torch.dtype | None) -> Leader:
     """The ControlNet at a path, or on the hub, for a model; `dtype` None keeps what it is stored in.
 
     Raises WrongShape, naming the families that it fits, where it was trained for another; RequestError where the model
     is of a family without ControlNets, or runs with OpenVINO.
     """
-    if not isinstance(model, UNetModel):
-        raise RequestError("controls", source, f"none: ControlNets of {model.family} do not run here yet")
-    if not isinstance(model.unet, UNet):
+    family = next(family for family in FAMILIES if family.name == model.family)
+    if family.controls is None:
+        raise RequestError("controls", source, f"none: ControlNets of {family.title} do not run here yet")
+    if not isinstance(model.backbone, tuple(part.network for part in family.backbone.parts)):  # pyright: ignore[reportArgumentType]
         raise RequestError("controls", source, "none with the backend openvino: load the model with torch")
     found = _found(source)
-    config: ControlNetConfig = found.config()
-    misfit = control_misfit(config, model.unet.config)
+    config = found.config()
+    misfit = "its layers are others"
+    if found.part is family.controls.part:
+        misfit = family.controls.misfit(config, model.backbone.config)
     if misfit is not None:
-        fits = " and ".join(family.title for family in FAMILIES if _fits(config, family)) or "no family here"
+        fits = " and ".join(each.title for each in FAMILIES if _fits(found.part, config, each)) or "no family here"
         raise WrongShape(f"{source}: a ControlNet for {fits}: {misfit}; give one that was trained for {model.family}")
-    network, binding = found.bind(config)
-    assert isinstance(network, ControlNet)
-    dtype = dtype or stored_dtype(found.weights)
-    network.to(dtype)
-    makers: dict[str, Maker] = {}
-    files: tuple[MappedFile, ...] = ()
-    resident = model.memory.rung == "resident"
-    if resident:
-        network.load_state_dict(binding.load(found.weights, dtype, mapped=False), assign=True)
-    else:
-        views: dict[str, Tensor] = {}
-        for name, value in binding.places(found.weights, dtype):
-            if isinstance(value, Tensor):
-                views[name] = value
-            else:
-                makers[name] = value
-        network.load_state_dict(views, strict=False, assign=True)
-        mappings = dict.fromkeys(entry.file for entry in found.weights.values())
-        files = tuple(MappedFile.of(file.mapping) for file in mappings)
-    network.requires_grad_(False).eval()
-    if resident:
-        network.to(model.device)
-    model.memory.add(network, makers, files)
+    network = attached(found, config, model, dtype)
+    assert isinstance(network, Leader)
     return network
 
 
-def _found(source: str) -> Found[ControlNetConfig]:
+def _found(source: str) -> Found[Any]:
     opened = open_source(locate(source), source)
     if len(opened.groups) != 1:
         raise LoadError(f"{source}: {len(opened.groups)} files of tensors; name the one that is the ControlNet")
     group = opened.groups[0]
     shapes = group.weights.shapes
-    for layout in CONTROLNET.layouts:
-        for prefix in layout.signature.prefixes(shapes):
-            entries = {key[len(prefix) :]: entry for key, entry in group.weights.items() if key.startswith(prefix)}
-            return Found(CONTROLNET, layout, prefix, type(group.weights)(source, entries), group.settings)
-    attached = detect(group.weights, (), (), {}).attachment
-    if attached is not None and attached.kind == "controlnet":
-        raise UnsupportedModel(f"{source}: {attached.title}, which does not run here yet")
-    what = "no ControlNet" if attached is None else f"{attached.title}, and no ControlNet"
-    raise UnknownModel(f"{source}: {what}; give a ControlNet of Stable Diffusion 1.x, SDXL or Kolors")
+    parts = dict.fromkeys(family.controls.part for family in FAMILIES if family.controls is not None)
+    for part in parts:
+        for layout in part.layouts:
+            for prefix in layout.signature.prefixes(shapes):
+                entries = {key[len(prefix) :]: entry for key, entry in group.weights.items() if key.startswith(prefix)}
+                return Found(part, layout, prefix, type(group.weights)(source, entries), group.settings)
+    attachment = detect(group.weights, (), (), {}).attachment
+    if attachment is not None and attachment.kind == "controlnet":
+        raise UnsupportedModel(f"{source}: {attachment.title}, which does not run here yet")
+    what = "no ControlNet" if attachment is None else f"{attachment.title}, and no ControlNet"
+    titles = ", ".join(family.title for family in FAMILIES if family.controls is not None)
+    raise UnknownModel(f"{source}: {what}; give a ControlNet of one of {titles}")
 
 
-def _fits(config: ControlNetConfig, family: Family) -> bool:
-    configs = [part.config for item in family.manifests for part in item.parts if part.part in family.backbone.parts]
-    return any(isinstance(each, UNetConfig) and control_misfit(config, each) is None for each in configs)
+def _fits(part: Part[Any], config: Any, family: Family) -> bool:  # noqa: ANN401
+    if family.controls is None or family.controls.part is not part:
+        return False
+    published = [each.config for item in family.manifests for each in item.parts if each.part in family.backbone.parts]
+    return any(family.controls.misfit(config, each) is None for each in published)

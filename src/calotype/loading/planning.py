@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -30,7 +30,7 @@ from calotype.sampling.samplers import SAMPLERS, evaluated
 
 T = TypeVar("T")
 
-STRIP = 2**25  # higher strips than are computed, and some hundred megabytes more: each of their operations takes time
+LARGEST_STRIP = 2**25  # higher strips than are computed, which take time to plan: some hundred megabytes too many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +114,15 @@ def _phases(model: FamilyModel[Any], job: Job) -> tuple[Phase, ...]:
 
         def step() -> Tensor:
             if job.cfg_scale == 1:
-                denoise = model.denoiser(conditioning, levels, job)
-                return denoise(torch.empty(1, *model.noise_shape(job), device=device), levels[0])
-            both = model.both(conditioning, conditioning, levels, job)
-            return torch.cat(both(torch.empty(1, *model.noise_shape(job), device=device), levels[0]))
+                denoise = model.denoiser(conditioning, levels, [job])
+            else:
+                joined = model.joined([conditioning, conditioning])
+                assert joined is not None
+                denoise = model.denoiser(joined, levels, [job, job])
+            return denoise(torch.empty(1, *model.noise_shape(job), device=device), levels[0])
 
         _, denoising = counted(step)
-        with _high_strips():
+        with _high_strips(job.width * job.height):
             _, decoding = counted(lambda: model.decode(torch.empty(1, *model.noise_shape(job), device=device)))
 
         def phase(name: str, networks: Sequence[nn.Module], activations: int) -> Phase:
@@ -135,9 +137,10 @@ def _phases(model: FamilyModel[Any], job: Job) -> tuple[Phase, ...]:
 
 
 @contextmanager
-def _high_strips() -> Generator[None, None, None]:
+def _high_strips(pixels: int) -> Generator[None, None, None]:
+    """Strips that grow with the picture, so that planning a large one takes no longer."""
     usual = strips.STRIP
-    strips.STRIP = STRIP
+    strips.STRIP = min(max(usual, 2 * pixels), LARGEST_STRIP)
     try:
         yield
     finally:
@@ -149,19 +152,24 @@ Counted = Callable[[Callable[[], T]], tuple[T, int]]
 
 @contextmanager
 def _without_values(model: FamilyModel[Any]) -> Generator[Counted[Any], None, None]:
-    """Inside the block the model's weights have no values; it gives what calls a function and counts its peak."""
+    """Inside the block the model's weights have no values; it gives what calls a function and counts its peak.
+
+    Then they have theirs again: an encoder may be another model's too.
+    """
     networks = (*model.encoders, model.backbone, model.vae)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    with ExitStack() as restored, torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         weights: list[Tensor] = []
         for network in networks:
             for module in network.modules():
                 for name, tensor in [*module.named_parameters(recurse=False)]:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=model.device)
                     setattr(module, name, nn.Parameter(empty, requires_grad=False))
+                    restored.callback(setattr, module, name, tensor)
                     weights.append(empty)
                 for name, tensor in [*module.named_buffers(recurse=False)]:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=model.device)
                     setattr(module, name, empty)
+                    restored.callback(setattr, module, name, tensor)
                     weights.append(empty)
         known = {_key(tensor): 0 for tensor in weights}
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from calotype.nn.conv import Conv2d
 from calotype.nn.embeddings import Embedder, sinusoid
+from calotype.nn.leader import Leader
 from calotype.nn.linear import Linear
 from calotype.nn.unet import Descent, KeysAndValues, Prepared, UNetConfig
 
@@ -42,6 +43,25 @@ class ControlNetConfig:
     unet: UNetConfig
     hint_widths: tuple[int, ...]
     union: UnionConfig | None
+
+
+# The kinds that xinsir's union ControlNets are told, by number; annotators' names first.
+UNION_KINDS: dict[str, int] = {
+    "openpose": 0,
+    "pose": 0,
+    "depth": 1,
+    "soft_edge": 2,
+    "softedge": 2,
+    "scribble": 2,
+    "canny": 3,
+    "lineart": 3,
+    "line": 3,
+    "normal": 4,
+    "segment": 5,
+    "tile": 6,
+    "blur": 6,
+    "inpaint": 7,
+}
 
 
 class HintEmbedding(nn.ModuleList):
@@ -101,12 +121,15 @@ class Union(nn.Module):
         return features + self.out(member)[..., None, None]
 
 
-class ControlNet(Descent):
+class ControlNet(Descent, Leader):
     """Noisy latents and a picture -> what the UNet adds to its skip connections and its middle."""
+
+    names = UNION_KINDS
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__(config.unet)
         self.settings = config
+        self.count = 0 if config.union is None else config.union.kinds
         self.hint = HintEmbedding(config)
         self.union = None if config.union is None else Union(config, config.union)
         widths = [config.unet.widths[0]]

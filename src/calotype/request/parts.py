@@ -27,9 +27,14 @@ class Part:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those left open; a picture is named by its path or its fingerprint."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # pyright: ignore[reportArgumentType]
-        return {
-            name: name_of(value) if is_picture(value) else value for name, value in values.items() if value is not None
-        }
+        return {name: _plain(value) for name, value in values.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, tuple):
+        items: tuple[Part, ...] = value
+        return [item.to_dict() for item in items]
+    return name_of(value) if is_picture(value) else value
 
 
 P = TypeVar("P", bound=Part)
@@ -104,6 +109,38 @@ class Lora(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Control(Part):
+    """A picture that leads a ControlNet.
+
+    kind        the annotator that draws what the network sees ("canny", "depth", ...), or "none" where the picture is
+                ready; for a union ControlNet, which must be told what it sees, "none:canny" and the like
+    model       the ControlNet: a file, a folder or a hub id, as `Model.load_control` takes it
+    image       the picture, or its path; resized to the job's size. None: the picture that the job, or the pass, begins
+                with
+    scale       how much it counts
+    start, end  the part of the steps that it leads, as fractions of them
+    """
+
+    kind: str
+    model: str
+    image: PictureSource | None = None
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        text("kind", self.kind)
+        text("model", self.model)
+        if self.image is not None:
+            picture("image", self.image)
+        real("scale", self.scale, 0, 10)
+        real("start", self.start, 0, 1)
+        real("end", self.end, 0, 1)
+        if self.start >= self.end:
+            raise RequestError("end", self.end, f"more than start, {self.start}: it would never lead")
+
+
+@dataclass(frozen=True, kw_only=True)
 class HighRes(Part):
     """A pass over the picture at a higher resolution: enlarge, go back to noise in part, denoise again.
 
@@ -112,6 +149,9 @@ class HighRes(Part):
     steps           sampling steps over that part of the way; None: those of the request
     upscaler        "lanczos" enlarges the picture, "latent" the latents (softer, without decoding between)
     tiled           whether the network sees the picture in tiles; None: as the request has it
+    tile_size, tile_stride
+                    pixels a side of a tile, and from one to the next; None: as the request has it
+    controls        pictures that lead ControlNets in this pass; None: those of the request
     """
 
     width: int
@@ -120,6 +160,9 @@ class HighRes(Part):
     steps: int | None = None
     upscaler: str = "lanczos"
     tiled: bool | None = None
+    tile_size: int | None = None
+    tile_stride: int | None = None
+    controls: tuple[Control, ...] | None = None
 
     def __post_init__(self) -> None:
         whole("width", self.width, 1, MAX_SIDE)
@@ -133,33 +176,11 @@ class HighRes(Part):
             raise RequestError("upscaler", self.upscaler, "one of " + ", ".join(UPSCALERS))
         if self.tiled is not None and not isinstance(self.tiled, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RequestError("tiled", self.tiled, "True, False or None")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Control(Part):
-    """A picture that leads a ControlNet.
-
-    kind        the annotator that draws what the network sees ("canny", "depth", ...), or "none" where the picture is
-                ready; for a union ControlNet, which must be told what it sees, "none:canny" and the like
-    model       the ControlNet: a file, a folder or a hub id, as `Model.load_control` takes it
-    image       the picture, or its path; resized to the job's size
-    scale       how much it counts
-    start, end  the part of the steps that it leads, as fractions of them
-    """
-
-    kind: str
-    model: str
-    image: PictureSource
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-
-    def __post_init__(self) -> None:
-        text("kind", self.kind)
-        text("model", self.model)
-        picture("image", self.image)
-        real("scale", self.scale, 0, 10)
-        real("start", self.start, 0, 1)
-        real("end", self.end, 0, 1)
-        if self.start >= self.end:
-            raise RequestError("end", self.end, f"more than start, {self.start}: it would never lead")
+        for field in ("tile_size", "tile_stride"):
+            value = getattr(self, field)
+            if value is not None:
+                whole(field, value, 1, MAX_SIDE)
+                if self.tiled is False:
+                    raise RequestError(field, value, "None where nothing is tiled")
+        if self.controls is not None:
+            object.__setattr__(self, "controls", parts_of(Control, "controls", self.controls))

@@ -81,7 +81,9 @@ class Job:
     What a model has no use for stays None: `embedded_guidance`, `shift` (also where the schedule derives it from the
     size, as FLUX.1 dev does), `text_tokens`, `clip_skip`, the sizes that SDXL is told. `input_image` is an RGB picture
     of the job's own size, `input_name` the path that it came from, or its fingerprint; `mask_image` and `region_masks`
-    are grey pictures of that size, white where something is to be drawn; `control_images` RGB pictures of that size.
+    are grey pictures of that size, white where something is to be drawn. `control_images` are RGB pictures of any size,
+    one for each of `controls`, None for the picture that the job begins with; `pass_images` are those of the passes,
+    `pass_tiles` size and stride of their tiles, where they have any.
     """
 
     prompt: str
@@ -111,7 +113,9 @@ class Job:
     regions: tuple[Region, ...] = ()
     region_masks: tuple[Image.Image, ...] = ()
     controls: tuple[Control, ...] = ()
-    control_images: tuple[Image.Image, ...] = ()
+    control_images: tuple[Image.Image | None, ...] = ()
+    pass_images: tuple[tuple[Image.Image | None, ...], ...] = ()
+    pass_tiles: tuple[tuple[int, int] | None, ...] = ()
     high_res: tuple[HighRes, ...] = ()
     tiled: bool = False
     tile_size: int | None = None
@@ -127,8 +131,10 @@ class Job:
     def size(self) -> Size:
         return Size(self.width, self.height)
 
-    def at(self, stage: HighRes) -> Job:
+    def at(self, number: int) -> Job:
         """The job of a pass at a higher resolution; a size that the network is told grows if it was the picture's."""
+        stage = self.high_res[number]
+        tiles = self.pass_tiles[number] or (None, None)
         size = Size(stage.width, stage.height)
         grown = {"original_width": size.width, "original_height": size.height}
         grown |= {"target_width": size.width, "target_height": size.height}
@@ -140,9 +146,12 @@ class Job:
             steps=stage.steps or self.steps,
             denoising_strength=float(stage.strength),
             tiled=self.tiled if stage.tiled is None else stage.tiled,
+            tile_size=tiles[0],
+            tile_stride=tiles[1],
+            controls=self.controls if stage.controls is None else stage.controls,
+            control_images=self.control_images if stage.controls is None else self.pass_images[number],
             mask_image=None if self.mask_image is None else resized(self.mask_image, size),
             region_masks=tuple(resized(mask, size) for mask in self.region_masks),
-            control_images=tuple(resized(image, size) for image in self.control_images),
             **{name: value for name, value in grown.items() if getattr(self, name) == own[name]},
         )
 
@@ -160,8 +169,7 @@ class Job:
             told |= {"target_width": width, "target_height": height}
         place = (left, top, left + width, top + height)
         masks = tuple(mask.crop(place) for mask in self.region_masks)
-        images = tuple(image.crop(place) for image in self.control_images)
-        return replace(self, width=width, height=height, region_masks=masks, control_images=images, **told)
+        return replace(self, width=width, height=height, region_masks=masks, **told)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the names of a request, for metadata; a picture is named by its path or fingerprint."""
@@ -169,6 +177,7 @@ class Job:
         values["input_image"] = values.pop("input_name")
         values["mask_image"] = values.pop("mask_name")
         del values["region_masks"], values["control_images"]
+        del values["pass_images"], values["pass_tiles"]
         return plain(values)
 
 
@@ -307,6 +316,10 @@ class Request:
             for field in ("mask_feather", "keep_unmasked"):
                 if getattr(self, field):
                     raise RequestError(field, getattr(self, field), "nothing without a mask_image, or extend")
+        if self.input_image is None:
+            for number, control in enumerate(self.controls):
+                if control.image is None:
+                    raise RequestError(f"controls[{number}].image", None, "a picture: there is no input_image either")
         if self.keep_unmasked and self.high_res:
             raise RequestError("keep_unmasked", True, "False with high_res: enlarged pixels are not kept as they were")
         if not self.tiled and not any(each.tiled for each in self.high_res):
@@ -338,18 +351,21 @@ class Request:
         *,
         mask: Image.Image | None = None,
         region_masks: Sequence[Image.Image] = (),
-        control_images: Sequence[Image.Image] = (),
+        control_images: Sequence[Image.Image | None] = (),
+        pass_images: Sequence[Sequence[Image.Image | None]] | None = None,
     ) -> Job:
         """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
 
-        `picture`, `mask`, `region_masks` and `control_images` are those of the request, opened. Raises RequestError for
-        sizes off the grid, samplers or schedules that the family's process does not have, and values for what the
-        model has no use for.
+        `picture`, `mask`, `region_masks`, `control_images` and those of the passes are the request's, opened. Raises
+        RequestError for sizes off the grid, samplers or schedules that the family's process does not have, and values
+        for what the model has no use for.
         """
         assert (picture is None) == (self.input_image is None)
         assert (mask is None) == (self.mask_image is None)
         assert len(region_masks) == len(self.regions)
         assert len(control_images) == len(self.controls)
+        pass_images = [()] * len(self.high_res) if pass_images is None else pass_images
+        assert [len(images) for images in pass_images] == [len(each.controls or ()) for each in self.high_res]
         usual = Size(defaults.width, defaults.height)
         if picture is not None and self.extend is not None:
             usual = self._extended(picture, defaults)
@@ -357,11 +373,19 @@ class Request:
             usual = _in_proportion(Size(*picture.size), self.width, self.height, usual, defaults.grain)
         width = usual.width if self.width is None else self.width
         height = usual.height if self.height is None else self.height
-        tiles = self._tiles(defaults)
+        tiled = self.tiled or any(each.tiled for each in self.high_res)
+        tiles = _tiles("", self.tile_size, self.tile_stride, defaults) if tiled else None
         _on_the_grid("", Size(width, height), defaults, tiled=self.tiled)
+        pass_tiles: list[tuple[int, int] | None] = []
         for number, stage in enumerate(self.high_res):
-            tiled = self.tiled if stage.tiled is None else stage.tiled
-            _on_the_grid(f"high_res[{number}].", Size(stage.width, stage.height), defaults, tiled=tiled)
+            field, tiled = f"high_res[{number}].", self.tiled if stage.tiled is None else stage.tiled
+            _on_the_grid(field, Size(stage.width, stage.height), defaults, tiled=tiled)
+            own = tiles if tiled else None
+            if stage.tile_size is not None or stage.tile_stride is not None:
+                if not tiled:
+                    raise RequestError(field + "tile_size", stage.tile_size, "None where nothing is tiled")
+                own = _tiles(field, stage.tile_size or self.tile_size, stage.tile_stride, defaults)
+            pass_tiles.append(own)
         sampler = defaults.sampler if self.sampler is None else self.sampler
         if sampler not in defaults.samplers:
             raise RequestError("sampler", sampler, "one of " + ", ".join(defaults.samplers))
@@ -416,7 +440,9 @@ class Request:
             regions=self.regions,
             region_masks=tuple(resized(each, Size(width, height)) for each in region_masks),
             controls=self.controls,
-            control_images=tuple(resized(each.convert("RGB"), Size(width, height)) for each in control_images),
+            control_images=tuple(control_images),
+            pass_images=tuple(tuple(images) for images in pass_images),
+            pass_tiles=tuple(pass_tiles),
             high_res=self.high_res,
             tiled=self.tiled,
             tile_size=None if tiles is None else tiles[0],
@@ -434,23 +460,6 @@ class Request:
         if max(size.width, size.height) > MAX_SIDE:
             raise RequestError("extend", self.extend, f"less: {size} would follow, and {MAX_SIDE:,} are the most")
         return size
-
-    def _tiles(self, defaults: Defaults) -> tuple[int, int] | None:
-        """Pixels a side of a tile and from one to the next; None where nothing is tiled."""
-        if not self.tiled and not any(each.tiled for each in self.high_res):
-            return None
-        side = min(defaults.width, defaults.height) if self.tile_size is None else self.tile_size
-        stride = max(side * 3 // 4 // defaults.grain, 1) * defaults.grain
-        stride = stride if self.tile_stride is None else self.tile_stride
-        for field, value in (("tile_size", side), ("tile_stride", stride)):
-            whole(field, value, defaults.grain, MAX_SIDE)
-            if value % defaults.grain:
-                raise RequestError(field, value, f"multiples of {defaults.grain}")
-        if stride > side:
-            raise RequestError("tile_stride", stride, f"at most the tile_size, {side}: the tiles would leave gaps")
-        if defaults.largest is not None and side > defaults.largest:
-            raise RequestError("tile_size", side, f"at most {defaults.largest:,}: this model knows no positions beyond")
-        return side, stride
 
 
 SIZES = ("original_width", "original_height", "crop_left", "crop_top", "target_width", "target_height")
@@ -495,6 +504,23 @@ def _on_the_grid(prefix: str, size: Size, defaults: Defaults, *, tiled: bool) ->
         if defaults.largest is not None and value > defaults.largest and not tiled:
             allowed = f"at most {defaults.largest:,}: this model knows no positions beyond; or tiled"
             raise RequestError(prefix + field, value, allowed)
+
+
+def _tiles(prefix: str, size: int | None, stride: int | None, defaults: Defaults) -> tuple[int, int]:
+    """Pixels a side of a tile, and from one to the next."""
+    size = min(defaults.width, defaults.height) if size is None else size
+    stride = max(size * 3 // 4 // defaults.grain, 1) * defaults.grain if stride is None else stride
+    for field, value in ((prefix + "tile_size", size), (prefix + "tile_stride", stride)):
+        whole(field, value, defaults.grain, MAX_SIDE)
+        if value % defaults.grain:
+            raise RequestError(field, value, f"multiples of {defaults.grain}")
+    if stride > size:
+        allowed = f"at most the tile_size, {size}: the tiles would leave gaps"
+        raise RequestError(prefix + "tile_stride", stride, allowed)
+    if defaults.largest is not None and size > defaults.largest:
+        allowed = f"at most {defaults.largest:,}: this model knows no positions beyond"
+        raise RequestError(prefix + "tile_size", size, allowed)
+    return size, stride
 
 
 def _in_proportion(picture: Size, width: int | None, height: int | None, usual: Size, grain: int) -> Size:

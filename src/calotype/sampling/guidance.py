@@ -46,6 +46,29 @@ Both = Callable[[Tensor, Level], tuple[Tensor, Tensor]]
 """Noisy x at a level -> the estimates of the clean x with the prompt and without it."""
 
 
+def sides(denoise: Denoise, count: int) -> Callable[[Tensor, Level], tuple[Tensor, ...]]:
+    """The answers of a denoiser with `count` prompts for every row of x: the first of all rows, the second of all..."""
+
+    def answers(x: Tensor, level: Level) -> tuple[Tensor, ...]:
+        if count == 1:
+            return (denoise(x, level),)
+        # One row is every side's, and they may share what they compute of it.
+        return denoise(x if len(x) == 1 else x.repeat(count, 1, 1, 1), level).chunk(count)
+
+    return answers
+
+
+def halves(denoise: Denoise) -> Both:
+    """As `sides`, for the two of guidance."""
+    answers = sides(denoise, 2)
+
+    def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        with_, without = answers(x, level)
+        return with_, without
+
+    return both
+
+
 def guided_both(both: Both, scale: float, rescale: float = 0.0, prediction: Prediction = "noise") -> Denoise:
     """As `guided`, where one call answers for both sides."""
 

@@ -44,24 +44,13 @@ def beside(denoise: Callable[[Tensor, Level], Answer], more: Tensor) -> Callable
     return denoised
 
 
-class Regional(NamedTuple):
-    """A denoiser for a place: `weight` (1 1 h w) is its mask times its scale."""
-
-    denoise: Denoise
-    weight: Tensor
-
-
-def regional(everywhere: Denoise, regions: Sequence[Regional]) -> Denoise:
-    """The mean of all estimates, by weight; that of `everywhere` is 1 (DiffSynth-Studio's painter)."""
-    total = 1 + sum(region.weight for region in regions)
-
-    def denoise(x: Tensor, level: Level) -> Tensor:
-        clean = everywhere(x, level)
-        for region in regions:
-            clean = clean + region.weight * region.denoise(x, level)
-        return clean / total
-
-    return denoise
+def blended(everywhere: Tensor, regions: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The mean of estimates (b c h w), by weight (b 1 h w): for `everywhere` 1, as in DiffSynth-Studio's painter."""
+    clean, total = everywhere, torch.ones_like(everywhere[:1, :1])
+    for region, weight in zip(regions, weights, strict=True):
+        clean = clean + weight * region
+        total = total + weight
+    return clean / total
 
 
 class Box(NamedTuple):
@@ -71,6 +60,10 @@ class Box(NamedTuple):
     left: int
     height: int
     width: int
+
+    def times(self, scale: int) -> Box:
+        """The rectangle of that many times finer a grid."""
+        return Box(*(side * scale for side in self))
 
     def of(self, x: Tensor) -> Tensor:
         """This part of (... h w)."""
@@ -94,29 +87,32 @@ def boxes(height: int, width: int, size: int, stride: int) -> tuple[Box, ...]:
     )
 
 
-class Tile(NamedTuple):
-    """A part of the picture, and what denoises it: a denoiser for pictures of the tile's size."""
+class Tiles(NamedTuple):
+    """Parts of the picture, of one size, and what denoises them: a row each."""
 
-    box: Box
+    boxes: Sequence[Box]
     denoise: Denoise
 
 
-def tiled(tiles: Sequence[Tile], height: int, width: int) -> Denoise:
+def tiled(groups: Sequence[Tiles], height: int, width: int) -> Denoise:
     """MultiDiffusion (Bar-Tal et al. 2023): the mean of what all tiles say of a place.
 
     A tile counts less towards its borders inside the picture, linearly over what it shares with its neighbours, so that
     none of them shows.
     """
-    weights = [_weight(tile.box, [other.box for other in tiles], height, width) for tile in tiles]
+    everyone = [box for group in groups for box in group.boxes]
+    weights = {box: _weight(box, everyone, height, width) for box in everyone}
     total = torch.zeros(height, width)
-    for tile, weight in zip(tiles, weights, strict=True):
-        tile.box.of(total).add_(weight)
-    shares = [weight / tile.box.of(total) for tile, weight in zip(tiles, weights, strict=True)]
+    for box, weight in weights.items():
+        box.of(total).add_(weight)
+    shares = {box: weight / box.of(total) for box, weight in weights.items()}
 
     def denoise(x: Tensor, level: Level) -> Tensor:
         clean = torch.zeros_like(x)
-        for tile, share in zip(tiles, shares, strict=True):
-            tile.box.of(clean).add_(tile.denoise(tile.box.of(x), level) * share.to(x.device))
+        for group in groups:
+            estimates = group.denoise(torch.cat([box.of(x) for box in group.boxes]), level)
+            for box, estimate in zip(group.boxes, estimates.split(len(x)), strict=True):
+                box.of(clean).add_(estimate * shares[box].to(x.device))
         return clean
 
     return denoise

@@ -31,7 +31,7 @@ from calotype.families.sd3.conditioning import ClipReader, Sd3Conditioning, T5Re
 from calotype.families.sd3.config import LARGE, MEDIUM, MEDIUM_3_5, SAMPLING, Sd3Config
 from calotype.families.sd3.family import FAMILY, variant
 from calotype.families.sd3.network import PositionTable, Prepared, Sd3Network
-from calotype.generate import Model
+from calotype.generate import Picture, stream
 from calotype.loading import describe, load, manifest
 from calotype.nn.autoencoder import Autoencoder, AutoencoderConfig
 from calotype.nn.quantized import Bits, quantize_linears
@@ -425,16 +425,10 @@ def test_emphasis_is_for_the_clips_and_t5_reads_the_prompt_as_it_stands() -> Non
 
 
 def drawn(given: Sd3Model, prompt: str = PROMPT, *, batched: bool = True, **fields: object) -> Image.Image:
-    if not batched:
-        given.both = lambda positive, negative, levels, job, **_: (
-            lambda x, level: (  # type: ignore[method-assign]
-                given.denoiser(positive, levels, job)(x, level),
-                given.denoiser(negative, levels, job)(x, level),
-            )
-        )
-    picture = Model(given).generate(prompt, **{"seed": 1, "cfg_scale": 3.0, **fields})
-    assert isinstance(picture, Image.Image)
-    return picture
+    request = Request.from_dict({"prompt": prompt, "seed": 1, "cfg_scale": 3.0, **fields})
+    *_, picture = stream(given, request, batched_guidance=batched)
+    assert isinstance(picture, Picture)
+    return picture.image
 
 
 def test_a_prompt_longer_than_clip_reads_is_guided_against_a_short_one() -> None:

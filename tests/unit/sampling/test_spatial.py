@@ -9,7 +9,7 @@ from torch import Tensor
 
 from calotype.sampling.levels import FLOW_SCHEDULES, Level
 from calotype.sampling.samplers import SAMPLERS
-from calotype.sampling.spatial import Regional, Tile, boxes, keeping, regional, starts, tiled
+from calotype.sampling.spatial import Tiles, blended, boxes, keeping, starts, tiled
 
 LEVELS = FLOW_SCHEDULES["linear"](8, 1.0, 1.0)
 LEVEL = LEVELS.path[0]
@@ -45,7 +45,8 @@ def test_tiles_cover_every_length_and_never_go_beyond(length: int, size: int, sh
 def test_tiles_of_what_looks_at_each_place_alone_are_the_whole(
     height: int, width: int, size: int, share: float
 ) -> None:
-    tiles = [Tile(box, halved) for box in boxes(height, width, size, max(int(size * share), 1))]
+    places = boxes(height, width, size, max(int(size * share), 1))
+    tiles = [Tiles(places[first : first + 3], halved) for first in range(0, len(places), 3)]
     x = drawn(2, 3, height, width)
     torch.testing.assert_close(tiled(tiles, height, width)(x, LEVEL), halved(x, LEVEL), rtol=1e-6, atol=1e-6)
 
@@ -54,7 +55,7 @@ def test_no_border_of_a_tile_shows() -> None:
     """Tiles that say different things: from one to the other in small steps."""
     places = boxes(1, 64, 32, 16)
     tiles = [
-        Tile(box, lambda x, _, value=number: torch.full_like(x, float(value))) for number, box in enumerate(places)
+        Tiles((box,), lambda x, _, value=number: torch.full_like(x, float(value))) for number, box in enumerate(places)
     ]
     said = tiled(tiles, 1, 64)(torch.zeros(1, 1, 1, 64), LEVEL)[0, 0, 0]
     assert said[0] == 0
@@ -91,12 +92,9 @@ def test_a_soft_mask_is_between() -> None:
 
 def test_regions_count_by_mask_and_scale() -> None:
     weight = torch.tensor([[0.0, 1.0, 3.0]])[None, None]
-
-    def said(value: float) -> Regional:
-        return Regional(lambda x, _: torch.full_like(x, value), weight)
-
-    x = torch.zeros(1, 1, 1, 3)
-    mixed = regional(lambda x, _: torch.ones_like(x), [said(5.0)])(x, LEVEL)
-    torch.testing.assert_close(mixed, torch.tensor([1.0, 3.0, 4.0])[None, None, None])
-    both = regional(lambda x, _: torch.ones_like(x), [said(5.0), said(3.0)])(x, LEVEL)
+    one, three, five = (torch.full((1, 1, 1, 3), value) for value in (1.0, 3.0, 5.0))
+    torch.testing.assert_close(blended(one, [five], [weight]), torch.tensor([1.0, 3.0, 4.0])[None, None, None])
+    both = blended(one, [five, three], [weight, weight])
     torch.testing.assert_close(both, torch.tensor([1.0, 3.0, 25 / 7])[None, None, None])
+    rows = blended(torch.cat([one, one]), [torch.cat([five, three])], [torch.cat([weight, 0 * weight])])
+    torch.testing.assert_close(rows, torch.tensor([[1.0, 3.0, 4.0], [1.0, 1.0, 1.0]])[:, None, None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -14,12 +14,12 @@ from calotype.control.hints import Hint
 from calotype.families.flow import FlowSettings
 from calotype.families.flux.conditioning import FluxConditioning, encode, joined
 from calotype.families.flux.config import FluxConfig
-from calotype.families.flux.network import FluxNetwork, to_latent, to_tokens
-from calotype.families.model import FamilyModel, masked, refuse_hints
+from calotype.families.flux.controlnet import FluxControlNet
+from calotype.families.flux.network import Added, FluxNetwork, to_latent, to_tokens
+from calotype.families.model import FamilyModel, masked
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
-from calotype.sampling.guidance import Both
 from calotype.sampling.levels import FLOW_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 from calotype.text.clip import ClipEncoder
@@ -95,10 +95,14 @@ class FluxModel(FamilyModel[FluxConditioning]):
         return levels.path[0].sigma * noise()
 
     def denoiser(
-        self, conditioning: FluxConditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
+        self,
+        conditioning: FluxConditioning,
+        levels: Sequence[Level],
+        jobs: Sequence[Job],
+        *,
+        hints: Sequence[Hint] = (),
     ) -> Denoise:
-        refuse_hints("FLUX", hints)
-        network = self.transformer
+        network, job = self.transformer, jobs[0]
         number = {level.time: i for i, level in enumerate(levels)}
         grain, patch = self.defaults.grain, network.config.patch
         rows, columns = job.height // grain, job.width // grain
@@ -111,31 +115,47 @@ class FluxModel(FamilyModel[FluxConditioning]):
             columns,
         )
 
+        additions = self._additions(conditioning, list(number), job, hints)
+
         def denoise(x: Tensor, level: Level) -> Tensor:
-            tokens = network(to_tokens(x, patch), prepared, number[level.time])
+            x = x.expand(len(conditioning.text), -1, -1, -1)
+            step, image = number[level.time], to_tokens(x, patch)
+            tokens = network(image, prepared, step, additions(image, step))
             velocity = to_latent(tokens.float(), rows, columns, patch)
             # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
             return x[:, : velocity.shape[1]] - level.sigma * velocity
 
         return denoise
 
-    def both(
-        self,
-        positive: FluxConditioning,
-        negative: FluxConditioning,
-        levels: Sequence[Level],
-        job: Job,
-        *,
-        hints: Sequence[Hint] = (),
-    ) -> Both:
-        refuse_hints("FLUX", hints)
-        denoise = self.denoiser(joined(positive, negative), levels, job)
+    def _additions(
+        self, conditioning: FluxConditioning, times: Sequence[float], job: Job, hints: Sequence[Hint]
+    ) -> Callable[[Tensor, int], list[Added]]:
+        """What ControlNets add: tokens, the number of the level -> of each that leads there."""
+        led = [(hint, hint.network) for hint in hints if isinstance(hint.network, FluxControlNet)]
+        assert len(led) == len(hints)
+        rows, columns = job.height // self.defaults.grain, job.width // self.defaults.grain
+        levels = torch.tensor(times, device=self.device)
+        prepared = [
+            network.prepare_hinted(
+                conditioning.text, conditioning.pooled, job.embedded_guidance, levels, rows, columns, hint.kind
+            )
+            for hint, network in led
+        ]
+        embedded = [network.embed(to_tokens(hint.picture, self.transformer.config.patch)) for hint, network in led]
 
-        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            with_, without = denoise(torch.cat([x, x]), level).chunk(2)
-            return with_, without
+        def additions(image: Tensor, step: int) -> list[Added]:
+            image = image[..., : self.transformer.config.image_width_out]
+            made: list[Added] = []
+            for (hint, network), own, seen in zip(led, prepared, embedded, strict=True):
+                if hint.leads(step, len(times)):
+                    seen = seen.repeat(len(image) // len(seen), 1, 1)
+                    made.append(network(image, own, step, seen, hint.scale))
+            return made
 
-        return both
+        return additions
+
+    def joined(self, conditionings: Sequence[FluxConditioning]) -> FluxConditioning | None:
+        return joined(conditionings)
 
     def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
         """The masked picture, and the mask's own pixels as channels of the latents that they lie under."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,6 @@ def encode(
     return FluxConditioning(text=text, pooled=pooled.to(text.device))
 
 
-def joined(first: FluxConditioning, second: FluxConditioning) -> FluxConditioning:
-    """Two conditionings as one batch."""
-    return FluxConditioning(text=torch.cat([first.text, second.text]), pooled=torch.cat([first.pooled, second.pooled]))
+def joined(several: Sequence[FluxConditioning]) -> FluxConditioning:
+    """Conditionings as one batch."""
+    return FluxConditioning(*(torch.cat(parts) for parts in zip(*several, strict=True)))

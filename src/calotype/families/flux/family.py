@@ -8,7 +8,7 @@ from typing import Any
 
 from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
 from calotype.checkpoint.text_encoders import CLIP, T5
-from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
+from calotype.families.family import Assembly, Clues, Controls, Family, Manifest, ManifestPart, Role, whole, with_card
 from calotype.families.flow import flow_settings
 from calotype.families.flux import DEV_DEFAULTS, FILL_DEFAULTS, SCHNELL_DEFAULTS, FluxModel, fills
 from calotype.families.flux.config import (
@@ -19,6 +19,7 @@ from calotype.families.flux.config import (
     SCHNELL_SAMPLING,
     FluxConfig,
 )
+from calotype.families.flux.controlnet import CONTROL, FluxControlConfig, control_misfit
 from calotype.families.flux.keys import TRANSFORMER
 from calotype.families.flux.network import FluxNetwork
 from calotype.nn.autoencoder import Autoencoder, AutoencoderConfig
@@ -116,6 +117,9 @@ def assemble(given: Assembly) -> FluxModel:
     )
 
 
+UNION = FluxControlConfig(flux=replace(DEV, joint_blocks=5, single_blocks=10), hint_width=64, kinds=10)
+FIVE, SIX = (replace(UNION, kinds=0, flux=replace(DEV, joint_blocks=n, single_blocks=0)) for n in (5, 6))
+DEPTH = replace(UNION, kinds=0, flux=replace(DEV, joint_blocks=4, single_blocks=1))
 COMFYUI = "model.diffusion_model."
 MANIFESTS = (
     whole("flux1-dev", TRANSFORMER, "original", DEV),
@@ -148,6 +152,11 @@ MANIFESTS = (
     whole("t5xxl-fp16", T5, "transformers", XXL, extras=("encoder.embed_tokens.weight",)),
     whole("flux-ae", AUTOENCODER, "original", VAE),
     whole("flux-vae-diffusers", AUTOENCODER, "diffusers", VAE),
+    whole("flux-controlnet-union", CONTROL, "diffusers", UNION),
+    whole("flux-controlnet-jasperai", CONTROL, "diffusers", FIVE),
+    whole("flux-controlnet-liblib", CONTROL, "diffusers", SIX),
+    whole("flux-controlnet-shakker-depth", CONTROL, "diffusers", DEPTH),
+    whole("flux-controlnet-inpainting", CONTROL, "diffusers", replace(SIX, hint_width=68)),
     whole("taef1-encoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="encoder."),
     whole("taef1-decoder", TINY_AUTOENCODER, "taesd", TINY_VAE, only="decoder."),
     whole("taef1-diffusers", TINY_AUTOENCODER, "diffusers-tiny", TINY_VAE),
@@ -197,5 +206,6 @@ FAMILY = Family(
     scheduler=scheduler,
     assemble=assemble,
     manifests=MANIFESTS,
+    controls=Controls(part=CONTROL, misfit=control_misfit),
     harmless=("*.logit_scale", "logit_scale", "*.position_ids", "*.spiece_model"),
 )

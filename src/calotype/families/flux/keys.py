@@ -48,13 +48,17 @@ def original_table(config: FluxConfig) -> Table:
 
 def diffusers_table(config: FluxConfig) -> Table:
     """FluxTransformer2DModel: queries, keys, values and the single blocks' MLP apart, the last scale first."""
+    ends = [Same("proj_out.*", "out.*"), Swapped("norm_out.linear.*", "modulation.out.*")]
+    return Table("flux/diffusers", (*diffusers_rules(config), *ends))
+
+
+def diffusers_rules(config: FluxConfig) -> list[Rule]:
+    """What ControlNets have too."""
     d = config.width
     joint, single = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
     rules: list[Rule] = [
         Same("x_embedder.*", "image_in.*"),
         Same("context_embedder.*", "text_in.*"),
-        Same("proj_out.*", "out.*"),
-        Swapped("norm_out.linear.*", "modulation.out.*"),
         Same(f"{single}.norm.linear.*", "modulation.single.{i}.*"),
         Stacked(
             (*(f"{single}.attn.to_{x}.*" for x in "qkv"), f"{single}.proj_mlp.*"),
@@ -89,7 +93,7 @@ def diffusers_table(config: FluxConfig) -> Table:
             Same(f"{joint}.{mlp}.net.0.proj.*", f"{stream}.mlp_in.*"),
             Same(f"{joint}.{mlp}.net.2.*", f"{stream}.mlp_out.*"),
         ]
-    return Table("flux/diffusers", tuple(rules))
+    return rules
 
 
 def _config(
@@ -103,6 +107,7 @@ def _config(
     norm: str,
     guidance: str,
     blocks: tuple[str, str],
+    out_axis: int = 0,
 ) -> FluxConfig:
     width = evidence.size(image)
     head = evidence.size(norm)
@@ -116,7 +121,7 @@ def _config(
     evidence.require(patch_size=1)
     return FluxConfig(
         image_width=evidence.size(image, 1),
-        image_width_out=evidence.size(out),
+        image_width_out=evidence.size(out, out_axis),
         text_width=evidence.size(text, 1),
         pooled_width=evidence.size(pooled, 1),
         width=width,
@@ -146,11 +151,17 @@ def original_config(evidence: Evidence) -> FluxConfig:
 
 
 def diffusers_config(evidence: Evidence) -> FluxConfig:
+    return read_config(evidence, out="proj_out.weight", out_axis=0)
+
+
+def read_config(evidence: Evidence, *, out: str, out_axis: int) -> FluxConfig:
+    """The numbers under diffusers' names; the tensor `out` shows how wide tokens leave."""
     return _config(
         evidence,
         image="x_embedder.weight",
         text="context_embedder.weight",
-        out="proj_out.weight",
+        out=out,
+        out_axis=out_axis,
         pooled="time_text_embed.text_embedder.linear_1.weight",
         mlp="transformer_blocks.0.ff.net.0.proj.weight",
         norm="transformer_blocks.0.attn.norm_q.weight",

@@ -8,6 +8,8 @@ levels, the projected text, the rotations. `forward` is left with what changes f
 
 from __future__ import annotations
 
+import math
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,13 +31,13 @@ TIME_SCALE = 1000.0  # both are fed times a thousand
 class Modulation(nn.Module):
     """adaLN-zero for every block from one vector: rows of (shift, scale, gate), two such rows for a joint stream."""
 
-    def __init__(self, config: FluxConfig) -> None:
+    def __init__(self, config: FluxConfig, *, ends: bool = True) -> None:
         super().__init__()
         d = config.width
         self.joint_image = nn.ModuleList(Linear(d, 6 * d) for _ in range(config.joint_blocks))
         self.joint_text = nn.ModuleList(Linear(d, 6 * d) for _ in range(config.joint_blocks))
         self.single = nn.ModuleList(Linear(d, 3 * d) for _ in range(config.single_blocks))
-        self.out = Linear(d, 2 * d)
+        self.out = Linear(d, 2 * d) if ends else None
 
     def forward(self, vector: Tensor) -> ModulationTable:
         """(t b d) -> a table of t b 1 d rows."""
@@ -48,12 +50,12 @@ class Modulation(nn.Module):
             joint_image=tuple(rows(layer, 6) for layer in self.joint_image),
             joint_text=tuple(rows(layer, 6) for layer in self.joint_text),
             single=tuple(rows(layer, 3) for layer in self.single),
-            out=rows(self.out, 2),
+            out=() if self.out is None else rows(self.out, 2),
         )
 
 
 class ModulationTable(NamedTuple):
-    """Every block's modulation, t b 1 d each: six rows a joint stream, three a single block, two at the end."""
+    """Every block's modulation, t b 1 d each: six rows a joint stream, three a single block, two at the end if any."""
 
     joint_image: tuple[tuple[Tensor, ...], ...]
     joint_text: tuple[tuple[Tensor, ...], ...]
@@ -147,10 +149,27 @@ class SingleBlock(nn.Module):
         return torch.addcmul(x, gate, self.outward(torch.cat([mixed, F.gelu(hidden, approximate="tanh")], dim=-1)))
 
 
-class FluxNetwork(nn.Module):
-    """Noisy image tokens -> velocity (noise - clean) tokens."""
+class Added(NamedTuple):
+    """What a ControlNet adds to image tokens after the joint and the single blocks, b n d each.
 
-    def __init__(self, config: FluxConfig) -> None:
+    Fewer than the network has blocks go to several in a row each, or over and over again where they `repeat`.
+    """
+
+    joint: tuple[Tensor, ...]
+    single: tuple[Tensor, ...]
+    repeat: bool = False
+
+    def after(self, made: Sequence[Tensor], block: int, blocks: int) -> Tensor | None:
+        """Of `made`, joint or single, what is added after this block of so many."""
+        if not made:
+            return None
+        return made[block % len(made)] if self.repeat else made[block // math.ceil(blocks / len(made))]
+
+
+class FluxTrunk(nn.Module):
+    """FLUX.1's transformer up to its last block: all of it, or a ControlNet's share."""
+
+    def __init__(self, config: FluxConfig, *, ends: bool) -> None:
         super().__init__()
         self.config = config
         d = config.width
@@ -159,10 +178,9 @@ class FluxNetwork(nn.Module):
         self.time_in = Embedder(TIME_WIDTH, d)
         self.pooled_in = Embedder(config.pooled_width, d)
         self.guidance_in = Embedder(TIME_WIDTH, d) if config.guidance_input else None
-        self.modulation = Modulation(config)
+        self.modulation = Modulation(config, ends=ends)
         self.joint = nn.ModuleList(JointBlock(config) for _ in range(config.joint_blocks))
         self.single = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
-        self.out = Linear(d, config.image_width_out)
 
     def only_for_preparing(self) -> tuple[nn.Module, ...]:
         """What no step needs: a good quarter of the weights."""
@@ -170,13 +188,21 @@ class FluxNetwork(nn.Module):
         return inputs if self.guidance_in is None else (*inputs, self.guidance_in)
 
     def prepare(
-        self, text: Tensor, pooled: Tensor, guidance: float | None, times: Tensor, rows: int, columns: int
+        self,
+        text: Tensor,
+        pooled: Tensor,
+        guidance: float | None,
+        times: Tensor,
+        rows: int,
+        columns: int,
+        *,
+        before: Tensor | None = None,
     ) -> Prepared:
         """What the steps of one job share.
 
         text (b n text_width), pooled (b pooled_width), times (t) in 0..1 for every level that will be asked for (or
         (t b): a time of its own for each picture, as in training), rows and columns of image tokens.
-        `guidance` is given exactly where the network has that input.
+        `guidance` is given exactly where the network has that input; `before` (m d) are tokens before the text's.
         """
         dtype = self.text_in.dtype
         if times.ndim == 1:
@@ -187,28 +213,58 @@ class FluxNetwork(nn.Module):
             scaled = torch.tensor(guidance * TIME_SCALE, device=text.device)
             vector = vector + self.guidance_in(sinusoid(scaled, TIME_WIDTH).to(dtype))
         vector = vector + self.pooled_in(pooled.to(dtype))  # t b d
+        tokens = self.text_in(text.to(dtype))
+        if before is not None:
+            tokens = torch.cat([before.to(dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        places = positions(tokens.shape[1], rows, columns, text.device)
         return Prepared(
-            text=self.text_in(text.to(dtype)),
-            rope=rope_table(positions(text.shape[1], rows, columns, text.device), self.config.axes, self.config.theta),
+            text=tokens,
+            rope=rope_table(places, self.config.axes, self.config.theta),
             table=self.modulation(vector),
         )
 
-    def forward(self, image: Tensor, prepared: Prepared, level: int) -> Tensor:
-        """image (b n image_width) at the prepared level number `level` -> velocity (b n image_width_out)."""
-        table = prepared.table
+    def through(
+        self, image: Tensor, prepared: Prepared, level: int, added: Sequence[Added] = ()
+    ) -> Generator[Tensor, None, None]:
+        """Image tokens (b n d) after every block, joint ones first, with what ControlNets add."""
+        table, text = prepared.table, prepared.text
 
         def at(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return tuple(row[level] for row in rows)
 
-        image = self.image_in(image.to(self.image_in.dtype))
-        text = prepared.text
-        for block, image_rows, text_rows in zip(self.joint, table.joint_image, table.joint_text, strict=True):
+        for number, (block, image_rows, text_rows) in enumerate(
+            zip(self.joint, table.joint_image, table.joint_text, strict=True)
+        ):
             image, text = block(image, text, prepared.rope, at(image_rows), at(text_rows))
-        x = torch.cat([text, image], dim=1)
-        for block, rows in zip(self.single, table.single, strict=True):
+            for more in (each.after(each.joint, number, len(self.joint)) for each in added):
+                image = image if more is None else image + more
+            yield image
+        words, x = text.shape[1], torch.cat([text, image], dim=1)
+        for number, (block, rows) in enumerate(zip(self.single, table.single, strict=True)):
             x = block(x, prepared.rope, at(rows))
-        shift, scale = at(table.out)
-        return self.out(modulated(x[:, text.shape[1] :], shift, scale))
+            for more in (each.after(each.single, number, len(self.single)) for each in added):
+                if more is not None:
+                    x = torch.cat([x[:, :words], x[:, words:] + more], dim=1)
+            yield x[:, words:]
+
+
+class FluxNetwork(FluxTrunk):
+    """Noisy image tokens -> velocity (noise - clean) tokens."""
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__(config, ends=True)
+        self.out = Linear(config.width, config.image_width_out)
+
+    def forward(self, image: Tensor, prepared: Prepared, level: int, added: Sequence[Added] = ()) -> Tensor:
+        """image (b n image_width) at the prepared level number `level` -> velocity (b n image_width_out).
+
+        `added` is what ControlNets add, one after the other.
+        """
+        image = self.image_in(image.to(self.image_in.dtype))
+        for tokens in self.through(image, prepared, level, added):
+            image = tokens
+        shift, scale = (row[level] for row in prepared.table.out)
+        return self.out(modulated(image, shift, scale))
 
 
 def positions(text: int, rows: int, columns: int, device: torch.device | None = None) -> Tensor:

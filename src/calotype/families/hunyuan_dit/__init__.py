@@ -20,7 +20,6 @@ from calotype.families.unets import ESTIMATES
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
-from calotype.sampling.guidance import Both
 from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 from calotype.text.bert import BertEncoder
@@ -97,14 +96,19 @@ class HunyuanModel(FamilyModel[HunyuanConditioning]):
         return noise() if self.diffusion.unit_start else levels.path[0].sigma * noise()
 
     def denoiser(
-        self, conditioning: HunyuanConditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
+        self,
+        conditioning: HunyuanConditioning,
+        levels: Sequence[Level],
+        jobs: Sequence[Job],
+        *,
+        hints: Sequence[Hint] = (),
     ) -> Denoise:
         refuse_hints("Hunyuan-DiT", hints)
-        network = self.transformer
+        network, job = self.transformer, jobs[0]
         number = {level: i for i, level in enumerate(levels)}
         told = None
         if network.config.styled:
-            told = torch.tensor([told_sizes(job)] * len(conditioning.text), device=self.device)
+            told = torch.tensor([told_sizes(each) for each in jobs], device=self.device)
         prepared = network.prepare(
             conditioning.text,
             conditioning.t5,
@@ -122,23 +126,8 @@ class HunyuanModel(FamilyModel[HunyuanConditioning]):
 
         return denoise
 
-    def both(
-        self,
-        positive: HunyuanConditioning,
-        negative: HunyuanConditioning,
-        levels: Sequence[Level],
-        job: Job,
-        *,
-        hints: Sequence[Hint] = (),
-    ) -> Both:
-        refuse_hints("Hunyuan-DiT", hints)
-        denoise = self.denoiser(joined(positive, negative), levels, job)
-
-        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            with_, without = denoise(x, level).chunk(2)
-            return with_, without
-
-        return both
+    def joined(self, conditionings: Sequence[HunyuanConditioning]) -> HunyuanConditioning | None:
+        return joined(conditionings)
 
     def encode(self, picture: Tensor) -> Tensor:
         return self.vae.encode(picture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,6 @@ def condition(
     )
 
 
-def joined(positive: HunyuanConditioning, negative: HunyuanConditioning) -> HunyuanConditioning:
-    """Both prompts as one batch, the positive one first."""
-    return HunyuanConditioning(*(torch.cat(pair) for pair in zip(positive, negative, strict=True)))
+def joined(several: Sequence[HunyuanConditioning]) -> HunyuanConditioning:
+    """Conditionings as one batch."""
+    return HunyuanConditioning(*(torch.cat(parts) for parts in zip(*several, strict=True)))

@@ -29,4 +29,4 @@ def condition(
     device = encoder.device
     states = encoder(tokens.ids.to(device), tokens.positions.to(device), tokens.mask.to(device))
     told = sinusoid(torch.tensor(sizes, device=device), size_width).flatten()[None]
-    return UNetConditioning(text=states.penultimate, vector=torch.cat([states.pooled.float(), told], dim=1))
+    return UNetConditioning(texts=(states.penultimate,), vector=torch.cat([states.pooled.float(), told], dim=1))

@@ -11,12 +11,12 @@ from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
 from calotype.checkpoint.chatglm import CHATGLM
 from calotype.checkpoint.controlnets import CONTROLNET, HINT_WIDTHS
 from calotype.families.diffusion import diffusion_of, scheduler_config, suffix
-from calotype.families.family import Assembly, Clues, Family, Role, whole, with_card
+from calotype.families.family import Assembly, Clues, Controls, Family, Role, whole, with_card
 from calotype.families.kolors import DEFAULTS, KolorsModel
 from calotype.families.kolors.config import DIFFUSION, INPAINTING, LAST_BETA, TRAIN_STEPS, VAE, ZERO_SNR
 from calotype.families.kolors.config import UNET as UNET_CONFIG
 from calotype.families.kolors.keys import UNET
-from calotype.families.unets import beside_the_noise
+from calotype.families.unets import beside_the_noise, control_misfit
 from calotype.nn.autoencoder import Autoencoder
 from calotype.nn.controlnet import ControlNetConfig
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
@@ -128,4 +128,5 @@ FAMILY = Family(
     scheduler=partial(scheduler_config, last=LAST_BETA, steps=TRAIN_STEPS),
     assemble=assemble,
     manifests=MANIFESTS,
+    controls=Controls(part=CONTROLNET, misfit=control_misfit),
 )

@@ -27,4 +27,4 @@ def condition(
         return normed
 
     encoded = encode(prompt, clip, tokenizer, take, embeddings=embeddings)
-    return UNetConditioning(text=encoded.text, vector=None)
+    return UNetConditioning(texts=(encoded.text,), vector=None)

@@ -20,12 +20,12 @@ from calotype.families.diffusion import (
     scheduler_config,
     suffix,
 )
-from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
+from calotype.families.family import Assembly, Clues, Controls, Family, Manifest, ManifestPart, Role, whole, with_card
 from calotype.families.sd1 import DEFAULTS, Sd1Model
 from calotype.families.sd1.config import DIFFUSION, EDITING, INPAINTING, TINY_VAE, VAE, ZERO_SNR
 from calotype.families.sd1.config import UNET as UNET_CONFIG
 from calotype.families.sd1.keys import UNET
-from calotype.families.unets import beside_the_noise
+from calotype.families.unets import beside_the_noise, control_misfit
 from calotype.nn.autoencoder import Autoencoder
 from calotype.nn.controlnet import ControlNetConfig
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
@@ -174,6 +174,7 @@ FAMILY = Family(
     scheduler=scheduler_config,
     assemble=assemble,
     manifests=MANIFESTS,
+    controls=Controls(part=CONTROLNET, misfit=control_misfit),
     harmless=(
         *TRAINING,
         *MARKERS,

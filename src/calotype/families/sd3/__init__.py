@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -14,13 +14,14 @@ from torch import Tensor
 from calotype.control.hints import Hint
 from calotype.errors import RequestError
 from calotype.families.flow import FlowSettings
-from calotype.families.model import FamilyModel, refuse_hints
+from calotype.families.model import FamilyModel
 from calotype.families.sd3.conditioning import ClipReader, Sd3Conditioning, T5Reader, condition, joined
-from calotype.families.sd3.network import Sd3Network
+from calotype.families.sd3.controlnet import PictureControlNet, Sd3ControlNet
+from calotype.families.sd3.network import Prepared, Sd3Network
 from calotype.nn.autoencoder import Autoencoder, preview_projection
+from calotype.nn.leader import Leader
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
-from calotype.sampling.guidance import Both
 from calotype.sampling.levels import FLOW_SCHEDULES, Flow, Level, Levels, shifted
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
 
@@ -106,10 +107,9 @@ class Sd3Model(FamilyModel[Sd3Conditioning]):
         return levels.path[0].sigma * noise()
 
     def denoiser(
-        self, conditioning: Sd3Conditioning, levels: Sequence[Level], job: Job, *, hints: Sequence[Hint] = ()
+        self, conditioning: Sd3Conditioning, levels: Sequence[Level], jobs: Sequence[Job], *, hints: Sequence[Hint] = ()
     ) -> Denoise:
-        refuse_hints("Stable Diffusion 3", hints)
-        network = self.transformer
+        network, job = self.transformer, jobs[0]
         number = {level: i for i, level in enumerate(levels)}
         prepared = network.prepare(
             conditioning.text,
@@ -119,33 +119,58 @@ class Sd3Model(FamilyModel[Sd3Conditioning]):
             job.width // self.grain,
         )
 
+        additions = self._additions(conditioning, levels, job, hints)
+
         def denoise(x: Tensor, level: Level) -> Tensor:
-            velocity: Tensor = network(x, prepared, number[level])
+            step = number[level]
+            velocity: Tensor = network(x, prepared, step, additions(x, prepared, step))
             # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
             return x - level.sigma * velocity.float()
 
         return denoise
 
-    def both(
-        self,
-        positive: Sd3Conditioning,
-        negative: Sd3Conditioning,
-        levels: Sequence[Level],
-        job: Job,
-        *,
-        hints: Sequence[Hint] = (),
-    ) -> Both:
-        refuse_hints("Stable Diffusion 3", hints)
-        if positive.text.shape != negative.text.shape:  # one of them is longer than CLIP reads at once
-            with_, without = (self.denoiser(side, levels, job) for side in (positive, negative))
-            return lambda x, level: (with_(x, level), without(x, level))
-        denoise = self.denoiser(joined(positive, negative), levels, job)
+    def _additions(
+        self, conditioning: Sd3Conditioning, levels: Sequence[Level], job: Job, hints: Sequence[Hint]
+    ) -> Callable[[Tensor, Prepared, int], list[list[Tensor]]]:
+        """What ControlNets add: latents, the transformer's own `Prepared`, the number of the level -> each one's."""
+        times = torch.tensor([level.time for level in levels], device=self.device)
+        rows, columns = job.height // self.grain, job.width // self.grain
+        text, pooled = conditioning
+        made: list[Callable[[Tensor, Prepared, int], list[Tensor]]] = []
 
-        def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-            with_, without = denoise(x, level).chunk(2)
-            return with_, without
+        def with_text(hint: Hint, network: Sd3ControlNet) -> Callable[[Tensor, Prepared, int], list[Tensor]]:
+            own, seen = network.prepare_hinted(text, pooled, times, rows, columns), network.embed(hint.picture)
+            return lambda x, _, step: network(x, own, step, _for(seen, x), hint.scale)
 
-        return both
+        def without(hint: Hint, network: PictureControlNet) -> Callable[[Tensor, Prepared, int], list[Tensor]]:
+            own, seen = network.prepare_hinted(pooled, times), network.embed(hint.picture)
+            return lambda x, prepared, step: network(
+                self.transformer.enter(x, prepared), own, step, _for(seen, x), hint.scale
+            )
+
+        for hint in hints:
+            if isinstance(hint.network, Sd3ControlNet):
+                made.append(with_text(hint, hint.network))
+            else:
+                assert isinstance(hint.network, PictureControlNet)
+                made.append(without(hint, hint.network))
+
+        def additions(x: Tensor, prepared: Prepared, step: int) -> list[list[Tensor]]:
+            leading = (one for hint, one in zip(hints, made, strict=True) if hint.leads(step, len(times)))
+            return [one(x, prepared, step) for one in leading]
+
+        return additions
+
+    def seen_by(self, network: Leader, picture: Tensor, mask: Tensor | None) -> Tensor:
+        seen = super().seen_by(network, picture, mask)
+        assert isinstance(network, (Sd3ControlNet, PictureControlNet))
+        if network.settings.pooled or network.sees == "masked":
+            return seen
+        # InstantX's were trained on latents that are scaled and not shifted.
+        return seen + self.vae.config.scale * self.vae.config.shift
+
+    def joined(self, conditionings: Sequence[Sd3Conditioning]) -> Sd3Conditioning | None:
+        return joined(conditionings)
 
     def encode(self, picture: Tensor) -> Tensor:
         return self.vae.encode(picture)
@@ -199,3 +224,8 @@ DEFAULTS = {
     "3.5-large": defaults(steps=28, cfg_scale=3.5),
     "3.5-large-turbo": defaults(steps=4, cfg_scale=1.0),
 }
+
+
+def _for(seen: Tensor, x: Tensor) -> Tensor:
+    """What was seen (b n d), once for each of x's rows."""
+    return seen.repeat(len(x) // len(seen), 1, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,6 +90,8 @@ def _clips(prompt: str, clip_l: ClipReader | None, clip_g: ClipReader | None, cl
     )
 
 
-def joined(first: Sd3Conditioning, second: Sd3Conditioning) -> Sd3Conditioning:
-    """Two conditionings of the same length as one batch."""
-    return Sd3Conditioning(text=torch.cat([first.text, second.text]), pooled=torch.cat([first.pooled, second.pooled]))
+def joined(several: Sequence[Sd3Conditioning]) -> Sd3Conditioning | None:
+    """Conditionings as one batch; None where one is longer than another, being longer than CLIP reads at once."""
+    if len({each.text.shape[1] for each in several}) > 1:
+        return None
+    return Sd3Conditioning(*(torch.cat(parts) for parts in zip(*several, strict=True)))

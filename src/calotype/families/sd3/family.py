@@ -10,11 +10,12 @@ from typing import Any
 from calotype.checkpoint.autoencoders import AUTOENCODER, TINY_AUTOENCODER
 from calotype.checkpoint.keys import Extra
 from calotype.checkpoint.text_encoders import CLIP, T5
-from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
+from calotype.families.family import Assembly, Clues, Controls, Family, Manifest, ManifestPart, Role, whole, with_card
 from calotype.families.flow import flow_settings
 from calotype.families.sd3 import DEFAULTS, Sd3Model
 from calotype.families.sd3.conditioning import ClipReader, T5Reader
 from calotype.families.sd3.config import LARGE, MEDIUM, MEDIUM_3_5, SAMPLING, VAE, Sd3Config
+from calotype.families.sd3.controlnet import CONTROL, control_misfit
 from calotype.families.sd3.keys import TRANSFORMER
 from calotype.families.sd3.network import Sd3Network
 from calotype.nn.autoencoder import Autoencoder
@@ -272,5 +273,6 @@ FAMILY = Family(
     scheduler=scheduler,
     assemble=assemble,
     manifests=MANIFESTS,
+    controls=Controls(part=CONTROL, misfit=control_misfit),
     harmless=("*.logit_scale", "logit_scale", "*.position_ids", "*.spiece_model"),
 )

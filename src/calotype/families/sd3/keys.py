@@ -47,15 +47,22 @@ def original_table(config: Sd3Config) -> Table:
 
 def diffusers_table(config: Sd3Config) -> Table:
     """SD3Transformer2DModel: queries, keys and values apart; where only shift and scale are made, the scale first."""
+    ends: list[Rule] = [
+        Same("proj_out.*", "out.*"),
+        Swapped("norm_out.linear.*", "modulation.out.*"),
+        Swapped("transformer_blocks.{last}.norm1_context.linear.*", "modulation.last_text.*"),
+    ]
+    return Table("sd3/diffusers", (*diffusers_rules(config), *ends), numbers={"last": config.blocks - 1})
+
+
+def diffusers_rules(config: Sd3Config, modulation: str = "modulation.image") -> list[Rule]:
+    """What ControlNets have too; `modulation` is what their layers for the picture's are called here."""
     d = config.width
     block = "transformer_blocks.{i}"
     rules: list[Rule] = [
         Same("pos_embed.proj.*", "image_in.*"),
         Same("pos_embed.pos_embed", "positions.table"),
         Same("context_embedder.*", "text_in.*"),
-        Same("proj_out.*", "out.*"),
-        Swapped("norm_out.linear.*", "modulation.out.*"),
-        Swapped("transformer_blocks.{last}.norm1_context.linear.*", "modulation.last_text.*"),
         Same(f"{block}.attn2.to_out.0.*", "blocks.{i}.own_out.*"),
     ]
     for theirs, ours in (("timestep_embedder", "time_in"), ("text_embedder", "pooled_in")):
@@ -68,7 +75,7 @@ def diffusers_table(config: Sd3Config) -> Table:
         ("text", "norm1_context", "to_add_out", "ff_context"),
     ):
         rules += [
-            Same(f"{block}.{norm}.linear.*", f"modulation.{ours}.{{i}}.*"),
+            Same(f"{block}.{norm}.linear.*", f"{modulation if ours == 'image' else 'modulation.text'}.{{i}}.*"),
             Same(f"{block}.attn.{out}.*", f"blocks.{{i}}.{ours}.attention_out.*"),
             Same(f"{block}.{mlp}.net.0.proj.*", f"blocks.{{i}}.{ours}.mlp_in.*"),
             Same(f"{block}.{mlp}.net.2.*", f"blocks.{{i}}.{ours}.mlp_out.*"),
@@ -84,7 +91,7 @@ def diffusers_table(config: Sd3Config) -> Table:
             Same(f"{block}.{norms.format('q')}.*", f"{stream}.q_norm.*"),
             Same(f"{block}.{norms.format('k')}.*", f"{stream}.k_norm.*"),
         ]
-    return Table("sd3/diffusers", tuple(rules), numbers={"last": config.blocks - 1})
+    return rules
 
 
 def _config(
@@ -99,6 +106,7 @@ def _config(
     norm: str,
     blocks: str,
     own: str,
+    channels_out: int | None = None,
 ) -> Sd3Config:
     width, patch = evidence.size(image), evidence.size(image, 2)
     norms = norm in evidence.weights
@@ -113,7 +121,7 @@ def _config(
     count = evidence.count(blocks)
     return Sd3Config(
         channels_in=evidence.size(image, 1),
-        channels_out=evidence.size(out) // patch**2,
+        channels_out=channels_out or evidence.size(out) // patch**2,
         patch=patch,
         text_width=evidence.size(text, 1),
         pooled_width=evidence.size(pooled, 1),
@@ -143,12 +151,18 @@ def original_config(evidence: Evidence) -> Sd3Config:
 
 
 def diffusers_config(evidence: Evidence) -> Sd3Config:
+    return read_config(evidence)
+
+
+def read_config(evidence: Evidence, channels_out: int | None = None) -> Sd3Config:
+    """The numbers under diffusers' names; `channels_out` are given where no layer shows them."""
     return _config(
         evidence,
         image="pos_embed.proj.weight",
         table="pos_embed.pos_embed",
         text="context_embedder.weight",
         out="proj_out.weight",
+        channels_out=channels_out,
         pooled="time_text_embed.text_embedder.linear_1.weight",
         mlp="transformer_blocks.0.ff.net.0.proj.weight",
         norm="transformer_blocks.0.attn.norm_q.weight",

@@ -8,6 +8,7 @@ levels, the projected text, the positions. `forward` is left with what changes f
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ Rows = tuple[Tensor, ...]  # shifts, scales and gates, t b 1 d each
 class ModulationTable(NamedTuple):
     """Every block's modulation: six rows a stream (nine for the picture where it also attends to itself alone).
 
-    The last block's text, which only gives keys and values, has two, as the end has.
+    Where the network ends, its last block's text, which only gives keys and values, has two, as the end has.
     """
 
     image: tuple[Rows, ...]
@@ -42,13 +43,13 @@ class ModulationTable(NamedTuple):
 class Modulation(nn.Module):
     """adaLN-zero for every block from one vector: (shift, scale, gate) for attention, MLP, and dual attention."""
 
-    def __init__(self, config: Sd3Config) -> None:
+    def __init__(self, config: Sd3Config, *, ends: bool) -> None:
         super().__init__()
         d = config.width
         self.image = nn.ModuleList(Linear(d, (9 if i in config.dual else 6) * d) for i in range(config.blocks))
-        self.text = nn.ModuleList(Linear(d, 6 * d) for _ in range(config.blocks - 1))
-        self.last_text = Linear(d, 2 * d)
-        self.out = Linear(d, 2 * d)
+        self.text = nn.ModuleList(Linear(d, 6 * d) for _ in range(config.blocks - ends))
+        self.last_text = Linear(d, 2 * d) if ends else None
+        self.out = Linear(d, 2 * d) if ends else None
 
     def forward(self, vector: Tensor) -> ModulationTable:
         """(t b d) -> a table of t b 1 d rows."""
@@ -60,8 +61,8 @@ class Modulation(nn.Module):
 
         return ModulationTable(
             image=tuple(rows(layer) for layer in self.image),
-            text=tuple(rows(layer) for layer in (*self.text, self.last_text)),
-            out=rows(self.out),
+            text=tuple(rows(layer) for layer in (*self.text, self.last_text) if layer is not None),
+            out=() if self.out is None else rows(self.out),
         )
 
 
@@ -157,14 +158,10 @@ class Block(nn.Module):
         return image, text
 
 
-class Sd3Network(nn.Module):
-    """Noisy latents -> velocity (noise - clean).
+class Sd3Trunk(nn.Module):
+    """The transformer up to its last block: all of it, or a ControlNet's share."""
 
-    Both sides of classifier-free guidance may be asked for at once: with two prompts prepared, one row of latents
-    gives two.
-    """
-
-    def __init__(self, config: Sd3Config) -> None:
+    def __init__(self, config: Sd3Config, *, ends: bool) -> None:
         super().__init__()
         self.config = config
         d = config.width
@@ -173,11 +170,10 @@ class Sd3Network(nn.Module):
         self.text_in = Linear(config.text_width, d)
         self.time_in = Embedder(TIME_WIDTH, d)
         self.pooled_in = Embedder(config.pooled_width, d)
-        self.modulation = Modulation(config)
+        self.modulation = Modulation(config, ends=ends)
         self.blocks = nn.ModuleList(
-            Block(config, dual=i in config.dual, last=i == config.blocks - 1) for i in range(config.blocks)
+            Block(config, dual=i in config.dual, last=ends and i == config.blocks - 1) for i in range(config.blocks)
         )
-        self.out = Linear(d, config.patch**2 * config.channels_out)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,21 +200,53 @@ class Sd3Network(nn.Module):
             table=self.modulation(vector),  # of t b d
         )
 
-    def forward(self, x: Tensor, prepared: Prepared, level: int) -> Tensor:
-        """x (b channels_in h w) at the prepared level number `level` -> velocity (b channels_out h w).
+    def enter(self, x: Tensor, prepared: Prepared) -> Tensor:
+        """Latents (b channels_in h w) -> tokens in their places, b n d."""
+        return rearrange(self.image_in(x.to(self.dtype)), "b d h w -> b (h w) d") + prepared.positions
 
-        Where more rows were prepared than x has, x has one, and each of them gets its answer.
+    def through(
+        self, image: Tensor, prepared: Prepared, level: int, added: Sequence[Sequence[Tensor]] = ()
+    ) -> Generator[Tensor, None, None]:
+        """Image tokens (b n d) after every block, with what ControlNets add, but nothing after the last of all.
+
+        Where more rows were prepared than there are, there is one, and each of them gets its answer. Fewer additions
+        than blocks go to several in a row each.
         """
-        patch, table, text = self.config.patch, prepared.table, prepared.text
-        rows = x.shape[2] // patch
+        table, text = prepared.table, prepared.text
 
         def at(rows: Rows) -> Rows:
             return tuple(row[level] for row in rows)
 
-        image = rearrange(self.image_in(x.to(self.dtype)), "b d h w -> b (h w) d")
-        image = (image + prepared.positions).expand(len(text), -1, -1)
-        for block, image_rows, text_rows in zip(self.blocks, table.image, table.text, strict=True):
+        image = image.expand(len(text), -1, -1)
+        for number, (block, image_rows, text_rows) in enumerate(zip(self.blocks, table.image, table.text, strict=True)):
             image, text = block(image, text, at(image_rows), at(text_rows))
-        shift, scale = at(table.out)
+            if number < len(self.blocks) - 1:
+                for made in added:
+                    image = image + made[number * len(made) // len(self.blocks)]
+            yield image
+
+
+class Sd3Network(Sd3Trunk):
+    """Noisy latents -> velocity (noise - clean).
+
+    Both sides of classifier-free guidance may be asked for at once: with two prompts prepared, one row of latents
+    gives two.
+    """
+
+    def __init__(self, config: Sd3Config) -> None:
+        super().__init__(config, ends=True)
+        self.out = Linear(config.width, config.patch**2 * config.channels_out)
+
+    def forward(self, x: Tensor, prepared: Prepared, level: int, added: Sequence[Sequence[Tensor]] = ()) -> Tensor:
+        """x (b channels_in h w) at the prepared level number `level` -> velocity (b channels_out h w).
+
+        Where more rows were prepared than x has, x has one, and each of them gets its answer. `added` is what
+        ControlNets add, each after some of the blocks.
+        """
+        patch, rows = self.config.patch, x.shape[2] // self.config.patch
+        image = self.enter(x, prepared)
+        for tokens in self.through(image, prepared, level, added):
+            image = tokens
+        shift, scale = (row[level] for row in prepared.table.out)
         patches = self.out(modulated(image, shift, scale))
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)

@@ -46,4 +46,4 @@ def condition(
     if empty_is_zero and not prompt:
         text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
     told = sinusoid(torch.tensor(sizes, device=pooled.device), size_width).flatten()[None]
-    return UNetConditioning(text=text, vector=torch.cat([pooled.float(), told], dim=1))
+    return UNetConditioning(texts=(text,), vector=torch.cat([pooled.float(), told], dim=1))

@@ -11,12 +11,12 @@ from calotype.checkpoint.controlnets import CONTROLNET, HINT_WIDTHS, PROMAX
 from calotype.checkpoint.keys import Extra
 from calotype.checkpoint.text_encoders import CLIP
 from calotype.families.diffusion import MARKERS, REFUSED_MARKERS, TRAINING, diffusion_of, scheduler_config, suffix
-from calotype.families.family import Assembly, Clues, Family, Manifest, ManifestPart, Role, whole, with_card
+from calotype.families.family import Assembly, Clues, Controls, Family, Manifest, ManifestPart, Role, whole, with_card
 from calotype.families.sdxl import DEFAULTS, TURBO_DEFAULTS, SdxlModel
 from calotype.families.sdxl.config import DIFFUSION, INPAINTING, TURBO_DIFFUSION, VAE, ZERO_SNR
 from calotype.families.sdxl.config import UNET as UNET_CONFIG
 from calotype.families.sdxl.keys import UNET
-from calotype.families.unets import beside_the_noise
+from calotype.families.unets import beside_the_noise, control_misfit
 from calotype.nn.autoencoder import Autoencoder
 from calotype.nn.controlnet import ControlNetConfig
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
@@ -192,6 +192,7 @@ FAMILY = Family(
     scheduler=scheduler_config,
     assemble=assemble,
     manifests=MANIFESTS,
+    controls=Controls(part=CONTROLNET, misfit=control_misfit),
     harmless=(
         TURBO_MARKER,
         *TRAINING,
