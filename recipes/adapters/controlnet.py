@@ -16,26 +16,22 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
+import calotype
 from calotype.control.annotators import annotate
 from calotype.families.flux import FluxModel
-from calotype.families.flux.config import FluxConfig
-from calotype.families.flux.keys import TRANSFORMER, diffusers_settings
-from calotype.families.flux.network import FluxNetwork, Prepared, to_latent, to_tokens
+from calotype.families.flux.controlnet import CONTROL, FluxControlConfig, FluxControlNet
+from calotype.families.flux.keys import diffusers_settings
+from calotype.families.flux.network import FluxNetwork
 from calotype.image import to_pil, to_tensor
-from calotype.nn.norms import modulated
-from calotype.request import Request
-from calotype.sampling.guidance import guided
-from calotype.sampling.levels import Level
-from calotype.sampling.samplers import SAMPLERS, Denoise
 from recipes.adapters.grids import grid
 from recipes.adapters.training import Batch, Batches, Examples, LinearEncoder, Plan, builtin, read, train
 from recipes.builtin.classifier import Judge, load_judge, ranks
@@ -61,92 +57,15 @@ LED = replace(
 )
 
 
-class Added(NamedTuple):
-    """What the ControlNet's joint and single blocks add to the picture's tokens, b n d each."""
-
-    joint: tuple[Tensor, ...]
-    single: tuple[Tensor, ...]
-
-
-class ControlNet(nn.Module):
-    """The first blocks of a network, beside the hint; it adds nothing until it is trained."""
-
-    def __init__(self, network: FluxNetwork, joint: int = JOINT, single: int = SINGLE) -> None:
-        super().__init__()
-        config: FluxConfig = replace(network.config, joint_blocks=joint, single_blocks=single)
-        self.body = FluxNetwork(config)
-        wanted = self.body.state_dict()
-        self.body.load_state_dict({name: tensor for name, tensor in network.state_dict().items() if name in wanted})
-        for unused in (self.body.out, self.body.modulation.out):
-            unused.requires_grad_(False)
-        self.hint_in = _nothing(config.image_width, config.width)
-        self.joint_taps = nn.ModuleList(_nothing(config.width, config.width) for _ in range(joint))
-        self.single_taps = nn.ModuleList(_nothing(config.width, config.width) for _ in range(single))
-
-    def forward(self, noisy: Tensor, hints: Tensor, prepared: Prepared) -> Added:
-        """Noisy tokens and the hint's (b n image_width), and what `body.prepare` made for their one level."""
-        body, table, text = self.body, prepared.table, prepared.text
-        image = body.image_in(noisy) + self.hint_in(hints)
-        joint: list[Tensor] = []
-        for block, tap, image_rows, text_rows in zip(
-            body.joint, self.joint_taps, table.joint_image, table.joint_text, strict=True
-        ):
-            image, text = block(image, text, prepared.rope, _first(image_rows), _first(text_rows))
-            joint.append(tap(image))
-        single: list[Tensor] = []
-        x = torch.cat([text, image], dim=1)
-        for block, tap, rows in zip(body.single, self.single_taps, table.single, strict=True):
-            x = block(x, prepared.rope, _first(rows))
-            single.append(tap(x[:, text.shape[1] :]))
-        return Added(tuple(joint), tuple(single))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights under diffusers' names."""
-        layout = TRANSFORMER.layout("diffusers")
-        assert layout is not None
-        state = self.body.state_dict()
-        binding = layout.table(self.body.config).bind({name: tuple(tensor.shape) for name, tensor in state.items()})
-        found = {k: v for k, v in binding.save(state) if not k.startswith(("proj_out.", "norm_out."))}
-        for theirs, layers in (("controlnet_blocks", self.joint_taps), ("controlnet_single_blocks", self.single_taps)):
-            found |= {f"{theirs}.{name}": tensor for name, tensor in layers.state_dict().items()}
-        found |= {f"controlnet_x_embedder.{name}": tensor for name, tensor in self.hint_in.state_dict().items()}
-        return found
-
-    def settings(self) -> dict[str, Any]:
-        """config.json of the folder."""
-        settings = diffusers_settings(self.body.config) | {"_class_name": "FluxControlNetModel"}
-        del settings["out_channels"]
-        return settings | {"num_mode": None, "conditioning_embedding_channels": None}
-
-
-def _nothing(columns: int, rows: int) -> nn.Linear:
-    layer = nn.Linear(columns, rows)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _first(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of the one level that was prepared."""
-    return tuple(row[0] for row in rows)
-
-
-def led(network: FluxNetwork, noisy: Tensor, prepared: Prepared, added: Added) -> Tensor:
-    """The network's velocity with something added after each block; where there is less of it, to several alike."""
-    table, text = prepared.table, prepared.text
-    image = network.image_in(noisy)
-    for number, (block, image_rows, text_rows) in enumerate(
-        zip(network.joint, table.joint_image, table.joint_text, strict=True)
-    ):
-        image, text = block(image, text, prepared.rope, _first(image_rows), _first(text_rows))
-        image = image + added.joint[number // -(-len(network.joint) // len(added.joint))]
-    x, words = torch.cat([text, image], dim=1), text.shape[1]
-    for number, (block, rows) in enumerate(zip(network.single, table.single, strict=True)):
-        x = block(x, prepared.rope, _first(rows))
-        more = added.single[number // -(-len(network.single) // len(added.single))]
-        x = torch.cat([x[:, :words], x[:, words:] + more], dim=1)
-    shift, scale = _first(table.out)
-    return network.out(modulated(x[:, words:], shift, scale))
+def begun(network: FluxNetwork, joint: int = JOINT, single: int = SINGLE) -> FluxControlNet:
+    """The first blocks of a network, beside a hint; it adds nothing until it is trained."""
+    config = replace(network.config, joint_blocks=joint, single_blocks=single)
+    control = FluxControlNet(FluxControlConfig(flux=config, hint_width=config.image_width, kinds=0))
+    wanted, state = control.state_dict(), network.state_dict()
+    copied = {name: tensor for name, tensor in state.items() if name in wanted}
+    new = {name: torch.zeros_like(tensor) for name, tensor in wanted.items() if name not in copied}
+    control.load_state_dict(copied | new)
+    return control
 
 
 def hint(picture: Tensor) -> Tensor:
@@ -178,97 +97,32 @@ def make_examples(model: FluxModel, library: Library, count: int, seed: int = 0)
 
 def fit(
     model: FluxModel, examples: Examples, folder: Path, *, plan: Plan = PLAN, minutes: float
-) -> tuple[ControlNet, int]:
+) -> tuple[FluxControlNet, int]:
     """Train a ControlNet for the model's transformer, or go on from the state in `folder`; the step reached."""
     torch.manual_seed(0)
     network = model.transformer.requires_grad_(False)
-    control = ControlNet(network)
+    control = begun(network)
     rows, columns = (side // network.config.patch for side in examples.latents.shape[2:])
 
     def loss_of(batch: Batch) -> Tensor:
-        prepared = control.body.prepare(batch.text, batch.pooled, None, batch.sigma[None], rows, columns)
-        added = control(batch.noisy, batch.hints, prepared)
-        return (led(network, batch.noisy, batch.prepared, added) - batch.velocity).square().mean()
+        prepared = control.prepare(batch.text, batch.pooled, None, batch.sigma[None], rows, columns)
+        added = control(batch.noisy, prepared, 0, control.embed(batch.hints), 1.0)
+        return (network(batch.noisy, batch.prepared, 0, [added]) - batch.velocity).square().mean()
 
     return control, train(control, loss_of, Batches(model, examples, plan), plan, folder / "controlnet.pt", minutes)
 
 
-def write(control: ControlNet, folder: Path) -> None:
+def write(control: FluxControlNet, folder: Path) -> None:
     """The ControlNet as a folder of diffusers', in float16."""
+    config = FluxControlConfig(flux=control.config, hint_width=control.config.image_width, kinds=0)
+    _, binding = CONTROL.bind(CONTROL.layouts[0], config)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().half().contiguous() for name, tensor in control.tensors().items()}
+    tensors = {name: tensor.half().contiguous() for name, tensor in binding.save(control.state_dict())}
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(control.settings(), indent=2) + "\n", "utf-8")
-
-
-# Drawing ---------------------------------------------------------------------------------------------------------
-
-
-def opened(folder: Path, network: FluxNetwork) -> ControlNet:
-    """The ControlNet that `write` wrote to a folder."""
-    control = ControlNet(network)
-    saved = load_file(folder / "diffusion_pytorch_model.safetensors")
-    layout = TRANSFORMER.layout("diffusers")
-    assert layout is not None
-    state = control.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in control.body.state_dict().items()}
-    for item in layout.table(control.body.config).bind(shapes).bound:
-        if all(source.key in saved for source in item.sources):  # the end of a whole transformer is not
-            state[f"body.{item.ours}"] = torch.cat([saved[source.key] for source in item.sources]).float()
-    for theirs, ours in (
-        ("controlnet_blocks", "joint_taps"),
-        ("controlnet_single_blocks", "single_taps"),
-        ("controlnet_x_embedder", "hint_in"),
-    ):
-        state |= {
-            name.replace(theirs, ours, 1): tensor.float()
-            for name, tensor in saved.items()
-            if name.startswith(f"{theirs}.")
-        }
-    control.load_state_dict(state)
-    return control.eval()
-
-
-@torch.inference_mode()
-def draw(
-    model: FluxModel, prompt: str, seed: int, *, control: ControlNet, picture: Tensor, scale: float = 1.0
-) -> Tensor:
-    """A picture of the prompt, 3 h w in 0..1, led by the soft edges of another (3 h w).
-
-    Step for step what the engine does without a ControlNet, with the model's defaults; both sides of guidance are led.
-    """
-    network = model.transformer
-    job = Request(prompt=prompt).complete(model.defaults, seed=seed)
-    levels, sampler, patch = model.levels(job), SAMPLERS[job.sampler], network.config.patch
-    hints = to_tokens(model.encode(hint(picture)[None]), patch)
-    rows, columns = job.height // model.defaults.grain, job.width // model.defaults.grain
-
-    def side(words: str, *, negative: bool) -> Denoise:
-        told = model.condition(words, job, negative=negative)
-
-        def denoise(x: Tensor, level: Level) -> Tensor:
-            times = torch.tensor([level.time])
-            noisy = to_tokens(x, patch)
-            prepared = control.body.prepare(told.text, told.pooled, None, times, rows, columns)
-            said = control(noisy, hints, prepared)
-            added = Added(*(tuple(scale * tensor for tensor in tensors) for tensors in said))
-            prepared = network.prepare(told.text, told.pooled, None, times, rows, columns)
-            return x - level.sigma * to_latent(led(network, noisy, prepared, added), rows, columns, patch)
-
-        return denoise
-
-    denoise = guided(
-        side(prompt, negative=False), side("", negative=True), job.cfg_scale, job.cfg_rescale, model.prediction
-    )
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise() -> Tensor:
-        return torch.randn((1, *model.noise_shape(job)), generator=generator)
-
-    x = model.start(job, levels, noise)
-    for step in sampler(denoise, x, levels, noise):
-        x = step.x
-    return model.decode(x)[0].clamp(0, 1)
+    settings = diffusers_settings(control.config) | {"_class_name": "FluxControlNetModel"}
+    del settings["out_channels"]
+    settings |= {"num_mode": None, "conditioning_embedding_channels": None}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 # What it does ------------------------------------------------------------------------------------------------
@@ -305,8 +159,7 @@ def measure(folder: Path, library: Library, judge: Judge, count: int = 50) -> di
     """Figures for layouts that training has not seen: without the ControlNet, with it, with the hint of another layout
     (chance), and for the very picture as the autoencoder gives it back, which is the most that can be had.
     """
-    _, family = builtin()
-    control = opened(folder, family.transformer)
+    model, family = builtin()
     rng = np.random.default_rng(1234)
     scenes, pictures, prompts = scenes_of(rng, count, library, family.defaults.width, ASKED)
     others = pictures.roll(1, 0)
@@ -314,7 +167,7 @@ def measure(folder: Path, library: Library, judge: Judge, count: int = 50) -> di
 
     def drawn(led_by: Tensor, scale: float) -> list[Tensor]:
         return [
-            draw(family, prompt, seed, control=control, picture=led_by[seed], scale=scale)
+            to_tensor(draw(model, prompt, seed, folder, to_pil(led_by[seed]), scale))
             for seed, prompt in enumerate(prompts)
         ]
 
@@ -339,22 +192,31 @@ def measure(folder: Path, library: Library, judge: Judge, count: int = 50) -> di
     return report
 
 
+def draw(
+    model: calotype.Model[Any], prompt: str, seed: int, folder: Path, picture: Image.Image, scale: float
+) -> Image.Image:
+    """A picture of the prompt, led by the soft edges of another; at scale 0 without the ControlNet."""
+    control = calotype.Control(kind=KIND, model=str(folder), image=picture, scale=scale)
+    made = model.generate(prompt, seed=seed, controls=(control,) if scale else ())
+    assert isinstance(made, Image.Image)
+    return made
+
+
 # What people look at -----------------------------------------------------------------------------------------
 
 
 def gallery(folder: Path, library: Library, seed: int = 0) -> Image.Image:
     """Prompts with the hints that they are given, without the ControlNet, at half its strength and at all of it."""
-    _, family = builtin()
-    control = opened(folder, family.transformer)
+    model = calotype.load()
     scenes, prompts = [scene for scene, _ in layouts(library)], [prompt for _, prompt in layouts(library)]
-    pictures = list(compose(scenes, library, family.defaults.width) / 2 + 0.5)
-    rows = [("hint", [to_pil(hint(picture)) for picture in pictures])]
+    size = model.family.defaults.width
+    pictures = [to_pil(picture) for picture in compose(scenes, library, size) / 2 + 0.5]
+    rows = [("hint", [annotate(KIND, picture) for picture in pictures])]
     for name, scale in (("without", 0.0), ("scale 0.5", 0.5), ("scale 1", 1.0)):
         made = [
-            draw(family, prompt, seed, control=control, picture=picture, scale=scale)
-            for prompt, picture in zip(prompts, pictures, strict=True)
+            draw(model, prompt, seed, folder, picture, scale) for prompt, picture in zip(prompts, pictures, strict=True)
         ]
-        rows.append((name, [to_pil(picture) for picture in made]))
+        rows.append((name, made))
     return grid(rows, prompts)
 
 
