@@ -30,7 +30,7 @@ from torch import Tensor
 from calotype.checkpoint.files import Shape, Weights
 from calotype.errors import DamagedFile, LoadError, SourceNotFound, WrongShape
 from calotype.lora.layers import Change, Decomposed, Full, Hadamard, Kronecker, LowRank
-from calotype.lora.targets import for_encoder
+from calotype.lora.targets import PEFT, for_encoder
 
 MAX_RANK = 8192  # beyond the width of any layer here
 UNTOLD = ("pytorch_lora_weights", "adapter_model")  # names of files that say nothing: their folders' do
@@ -336,13 +336,22 @@ class _Settings:
             if prefix and not name.startswith(prefix + "."):
                 continue
             pattern = config.get("alpha_pattern")
-            value = config.get("lora_alpha")
-            for key, own in pattern.items() if isinstance(pattern, dict) else ():
-                if name == key or name.endswith("." + key):
-                    value = own
+            inner = name.removeprefix(prefix + ".").removeprefix(PEFT)
+            named = (own for key, own in pattern.items() if _names(key, inner)) if isinstance(pattern, dict) else ()
+            value = next(iter(named), config.get("lora_alpha"))
             if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                 return float(value), bool(config.get("use_rslora", False))
         return None, False
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether one of PEFT's patterns means a module: by its end, or all of it after "^". The first that does counts.
+
+    They may be any regular expressions there; those that are written are names, and no file's expression is run here.
+    """
+    if pattern.startswith("^"):
+        return module == pattern[1:]
+    return module == pattern or module.endswith("." + pattern)
 
 
 def _settings(weights: Weights) -> _Settings | None:

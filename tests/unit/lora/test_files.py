@@ -467,6 +467,8 @@ def test_an_sdxl_file_on_kolors_leaves_its_text_encoders_out(tmp_path: Path) -> 
         ({"lora_alpha": 6, "r": 3}, 2.0),
         ({"lora_alpha": 6, "r": 3, "use_rslora": True}, 6 / math.sqrt(3)),
         ({"lora_alpha": 6, "r": 3, "alpha_pattern": {"attn.to_k": 1.5}}, 0.5),
+        ({"lora_alpha": 6, "alpha_pattern": {"^transformer_blocks.0.attn.to_k": 1.5, "to_k": 3}}, 0.5),  # the first
+        ({"lora_alpha": 6, "alpha_pattern": {"^attn.to_k": 1.5}}, 2.0),  # of the whole network: not this one
         ({"lora_alpha": "six", "alpha_pattern": 3}, 1.0),
     ],
 )
