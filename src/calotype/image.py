@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from calotype.errors import MetadataError, OutputError, RequestError
-from calotype.request import FINGERPRINT, SIZES, Job, Request, fingerprint
+from calotype.request import FINGERPRINT, SIZES, Job, Request
 from calotype.version import VERSION
 
 if TYPE_CHECKING:
@@ -104,6 +104,14 @@ def input_picture(given: str | os.PathLike[str] | Image.Image, field: str = "inp
     return picture.convert("RGB")
 
 
+def opened(request: Request) -> dict[str, Image.Image]:
+    """All pictures of a request, by the field that names them. RequestError names the one that cannot be read."""
+    return {
+        name: (mask_picture if name.endswith(("mask", "mask_image")) else input_picture)(given, name)
+        for name, given in request.pictures().items()
+    }
+
+
 OPTIONS = {"regions": "region", "controls": "control", "image_prompts": "image-prompt"}  # called otherwise than fields
 
 
@@ -124,8 +132,8 @@ def embed_metadata(picture: Image.Image, job: Job, *, model: str, source: str) -
     """Note in `picture.info` what made it, as `save` writes it: an A1111 `parameters` text and a `calotype` JSON."""
     picture.info[A1111_KEY] = a1111_parameters(job, model)
     record: dict[str, Any] = {"version": VERSION, "model": model, "source": source, "job": job.to_dict()}
-    if job.input_image is not None:
-        record["started_from"] = fingerprint(job.input_image)  # a path may come to lead to another picture
+    if job.fingerprints:
+        record["pictures"] = dict(job.fingerprints)  # a path may come to lead to another one
     picture.info[KEY] = json.dumps(record, ensure_ascii=False)
 
 
@@ -160,7 +168,7 @@ def _quoted(value: object) -> str:
 
 
 def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
-    """The request that drew a picture, and the record it comes from (version, model, source, job, started_from).
+    """The request that drew a picture, and the record it comes from (version, model, source, job, pictures).
 
     Sizes that a model was told only because they follow from the picture's own are left open, to follow another.
     Raises MetadataError where the file holds none, or none that can be read; RequestError for what is no picture.

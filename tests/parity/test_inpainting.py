@@ -109,7 +109,7 @@ def test_sdxl(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
     pipeline = StableDiffusionXLInpaintPipeline(**parts)
     family = calotype.load(tmp_path, device="cpu").family
     request = Request(prompt=PROMPT, width=SIDE, height=SIDE, steps=STEPS, input_image=picture, denoising_strength=0.5)
-    path = family.levels(request.complete(family.defaults, seed=0, picture=picture)).path
+    path = family.levels(request.complete(family.defaults, seed=0, opened={"input_image": picture})).path
     times = [level.time for level in path[:-1]]
     peer = theirs(
         pipeline,

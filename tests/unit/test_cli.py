@@ -529,12 +529,26 @@ def test_a_start_that_is_gone_or_was_never_a_file_is_asked_for(loader: Loader, c
     assert loader.calls == [(("tiny",), PLAIN)]
 
 
+def test_a_mask_that_was_changed_is_said(loader: Loader, capsys: Said, start: Path) -> None:
+    Image.new("L", (48, 24), 255).save("mask.png")
+    Image.new("L", (48, 24), 255).save("left.png")
+    places = ["--mask-image=mask.png", "--region=left.png=a goose", "--region=mask.png=a hen"]
+    first = generated(capsys, "a fox", "--seed=7", f"--input-image={start}", *places)
+    assert generated(capsys, "--like", str(first)).read_bytes() == first.read_bytes()
+    Image.new("L", (48, 24), 0).save("left.png")
+    assert main(["generate", "--like", str(first)]) == 0
+    assert "left.png is not the picture that" in (said := capsys.readouterr().err)
+    assert "mask.png" not in said
+    assert main(["generate", "--like", str(first), "--region=mask.png=a goose"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_start_that_was_changed_is_said(loader: Loader, capsys: Said, start: Path) -> None:
     first = generated(capsys, "a fox", "--seed=7", f"--input-image={start}")
     Image.new("RGB", (48, 24), "red").save(start)
     assert main(["generate", "--like", str(first)]) == 0
     assert one_line(capsys) == (
-        f"calotype: note: start.png is not the picture that {first} was started from: it was changed since"
+        f"calotype: note: start.png is not the picture that {first} was made from: it was changed since"
     )
     # Where another is given, nothing is said; nor where it is resized to another size.
     generated(capsys, "--like", str(first), "--input-image", str(start))

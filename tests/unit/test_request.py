@@ -174,7 +174,7 @@ def test_silence_means_the_familys_default() -> None:
         **dict.fromkeys(("clip_skip", "input_image", "input_name", "denoising_strength", *SIZES)),
         **dict.fromkeys(("mask_image", "mask_name", "extend", "tile_size", "tile_stride")),
         **dict.fromkeys(("loras", "regions", "region_masks", "controls", "control_images", "high_res"), ()),
-        **dict.fromkeys(("image_prompts", "prompt_images", "pass_images", "pass_tiles"), ()),
+        **dict.fromkeys(("image_prompts", "prompt_images", "pass_images", "pass_tiles", "fingerprints"), ()),
         **dict.fromkeys(("keep_unmasked", "tiled"), False),
         "mask_feather": 0,
     }
@@ -280,7 +280,8 @@ def test_sizes_that_are_told_follow_the_picture_and_the_request() -> None:
 
 def started(size: tuple[int, int], **said: Any) -> Job:  # noqa: ANN401
     picture = Image.new("RGB", size)
-    return Request.from_dict({"prompt": "", "input_image": picture, **said}).complete(TOLD, seed=0, picture=picture)
+    request = Request.from_dict({"prompt": "", "input_image": picture, **said})
+    return request.complete(TOLD, seed=0, opened={"input_image": picture})
 
 
 @pytest.mark.parametrize(
@@ -328,7 +329,7 @@ def test_the_strength_is_the_familys_unless_said() -> None:
 def test_a_picture_from_a_file_is_named_by_its_path(given: str | Path) -> None:
     request = Request(prompt="", input_image=given)
     assert request.to_dict()["input_image"] == str(Path("a/b.png"))
-    job = request.complete(TOLD, seed=0, picture=Image.new("RGB", (9, 9)))
+    job = request.complete(TOLD, seed=0, opened={"input_image": Image.new("RGB", (9, 9))})
     assert job.to_dict()["input_image"] == str(Path("a/b.png"))
 
 
@@ -337,7 +338,7 @@ def test_a_picture_from_memory_is_named_by_what_it_shows() -> None:
     names = [Request(prompt="", input_image=picture).to_dict()["input_image"] for picture in (red, red.copy(), blue)]
     assert names[0] == names[1] != names[2]
     assert all(name.startswith("sha256:") and len(name) == 71 for name in names)
-    job = Request(prompt="", input_image=red).complete(TOLD, seed=0, picture=red)
+    job = Request(prompt="", input_image=red).complete(TOLD, seed=0, opened={"input_image": red})
     assert job.input_image != red  # resized
     assert job.to_dict()["input_image"] == names[0]
     assert json.dumps(job.to_dict())

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calotype.errors import OutputError, RequestError
-from calotype.image import check_writable, input_picture, mask_picture, read_metadata, save
-from calotype.request import Control, Request, Size, extended, fingerprint, resized
+from calotype.image import check_writable, opened, read_metadata, save
+from calotype.request import Control, Request, fingerprint
 
 if TYPE_CHECKING:
     from calotype.cli.progress import Silent
@@ -192,7 +192,7 @@ def generate(
     """
     # Options carry the names of Request's fields, so that one added there cannot be forgotten here.
     values = {field.name: context.params[field.name] for field in fields(Request)}
-    given = {name: value for name, value in values.items() if value is not None and value != []}
+    given = {name: value for name, value in values.items() if value not in (None, [], ())}
     for name, read in READ.items():
         if name in given:
             given[name] = read(given[name])
@@ -205,8 +205,8 @@ def generate(
         request = replace(old, **given)
         sources = sources or _sources(record)
         drawn_by = str(record.get("model"))
-        if "input_image" not in given and _changed(old, record):
-            _note(f"{old.input_image} is not the picture that {like} was started from: it was changed since")
+        for path in _changed(request, record):
+            _note(f"{path} is not the picture that {like} was made from: it was changed since")
     elif prompt is None:
         raise typer.BadParameter("give a PROMPT, or --like PNG to repeat a picture")
     else:
@@ -251,24 +251,12 @@ def _passing(request: Request, option: str, given: str, **values: Any) -> Reques
 
 def _check_files(request: Request) -> None:
     """Not to find out after loading a model that they cannot be read."""
-    if request.input_image is not None:
-        input_picture(request.input_image)
-    if request.mask_image is not None:
-        mask_picture(request.mask_image)
-    for number, region in enumerate(request.regions):
-        mask_picture(region.mask, f"regions[{number}].mask")
+    opened(request)
     if request.loras:
         from calotype.lora.files import find
 
         for lora in request.loras:
             find(lora.file)
-    passes = [(f"high_res[{number}].", each.controls or ()) for number, each in enumerate(request.high_res)]
-    for prefix, controls in (("", request.controls), *passes):
-        for number, control in enumerate(controls):
-            if control.image is not None:
-                input_picture(control.image, f"{prefix}controls[{number}].image")
-    for number, shown in enumerate(request.image_prompts):
-        input_picture(shown.image, f"image_prompts[{number}].image")
 
 
 def draw(model: Model[Any], request: Request, target: Target, preview: Path | None, show: Silent) -> None:
@@ -317,15 +305,22 @@ def _adapted(request: Request, model: Model[Any], given: dict[str, Any], why: st
     return replace(request, **dict.fromkeys(dropped))
 
 
-def _changed(old: Request, record: dict[str, Any]) -> bool:
-    """Whether the file that an old picture was started from holds another one now."""
-    known = record.get("started_from")
-    if old.input_image is None or known is None or old.width is None or old.height is None:
-        return False
-    picture, size = input_picture(old.input_image), Size(old.width, old.height)
-    if old.extend is not None:
-        picture, _ = extended(picture, None, old.extend, size)
-    return fingerprint(resized(picture, size)) != known
+def _changed(request: Request, record: dict[str, Any]) -> list[str]:
+    """The files that an old picture was made from, are asked for again, and hold another picture now."""
+    known, before = record.get("pictures", {}), record["job"]
+    named = request.pictures()
+    return [
+        str(named[name])
+        for name, picture in opened(request).items()
+        if name in known and named[name] == _at(before, name) and fingerprint(picture) != known[name]
+    ]
+
+
+def _at(job: Any, name: str) -> object:  # noqa: ANN401
+    """What plain values have under a name such as high_res[0].controls[1].image."""
+    for field in re.findall(r"\w+", name):
+        job = job[int(field) if field.isdigit() else field]
+    return job
 
 
 def _extension(text: str) -> list[int]:

@@ -7,7 +7,7 @@ frees all that it held.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from typing import TypeVar
@@ -26,10 +26,10 @@ from calotype.generate.events import Events, Lowered, Picture, Progress
 from calotype.generate.loras import wear
 from calotype.generate.prompts import PromptCache
 from calotype.generate.stages import planned
-from calotype.image import embed_metadata, input_picture, mask_picture, mask_tensor, to_pil, to_tensor
+from calotype.image import embed_metadata, mask_tensor, opened, to_pil, to_tensor
 from calotype.memory.ladder import out_of_memory
 from calotype.nn.leader import Leader
-from calotype.request import Control, Job, Request, resized
+from calotype.request import Job, Request, resized
 from calotype.request.parts import UPSCALERS
 from calotype.sampling.samplers import SAMPLERS, Denoise, Step
 from calotype.sampling.spatial import keeping
@@ -58,18 +58,7 @@ def stream(
 
     Raises RequestError before any work, NonFiniteImage instead of a black picture, OutOfMemory on the last rung.
     """
-    job = request.complete(
-        model.defaults,
-        seed=secrets.randbelow(2**32),
-        picture=None if request.input_image is None else input_picture(request.input_image),
-        mask=None if request.mask_image is None else mask_picture(request.mask_image),
-        region_masks=[mask_picture(region.mask, f"regions[{k}].mask") for k, region in enumerate(request.regions)],
-        control_images=_opened(request.controls, ""),
-        pass_images=[_opened(each.controls or (), f"high_res[{k}].") for k, each in enumerate(request.high_res)],
-        prompt_images=[
-            input_picture(each.image, f"image_prompts[{k}].image") for k, each in enumerate(request.image_prompts)
-        ],
-    )
+    job = request.complete(model.defaults, secrets.randbelow(2**32), opened(request))
     networks = {} if networks is None else networks
     cache = PromptCache() if cache is None else cache
     upscalers = _upscalers(model, job)
@@ -110,13 +99,6 @@ def _upscalers(model: FamilyModel[C], job: Job) -> dict[str, Upscaler]:
             except RequestError as error:
                 raise RequestError(f"high_res[{number}].{error.field}", error.value, error.allowed) from error
     return found
-
-
-def _opened(controls: Sequence[Control], prefix: str) -> list[Image.Image | None]:
-    return [
-        None if control.image is None else input_picture(control.image, f"{prefix}controls[{number}].image")
-        for number, control in enumerate(controls)
-    ]
 
 
 def _pictures(

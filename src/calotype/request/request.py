@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from calotype.request.pictures import (
     extended,
     extended_size,
     extension,
+    fingerprint,
     is_picture,
     name_of,
     resized,
@@ -84,6 +85,7 @@ class Job:
     are grey pictures of that size, white where something is to be drawn. `control_images` are RGB pictures of any size,
     one for each of `controls`, None for the picture that the job begins with; `pass_images` are those of the passes,
     `pass_tiles` size and stride of their tiles, where they have any; `prompt_images` are those of `image_prompts`.
+    `fingerprints` are those of all pictures as they were given, each behind the field that names it.
     """
 
     prompt: str
@@ -128,6 +130,7 @@ class Job:
     crop_top: int | None = None
     target_width: int | None = None
     target_height: int | None = None
+    fingerprints: tuple[tuple[str, str], ...] = ()
 
     @property
     def size(self) -> Size:
@@ -180,7 +183,7 @@ class Job:
         values["input_image"] = values.pop("input_name")
         values["mask_image"] = values.pop("mask_name")
         del values["region_masks"], values["control_images"], values["prompt_images"]
-        del values["pass_images"], values["pass_tiles"]
+        del values["pass_images"], values["pass_tiles"], values["fingerprints"]
         return plain(values)
 
 
@@ -349,31 +352,30 @@ class Request:
         values = plain({field.name: getattr(self, field.name) for field in fields(self)})
         return {name: value for name, value in values.items() if value is not None}
 
-    def complete(
-        self,
-        defaults: Defaults,
-        seed: int,
-        picture: Image.Image | None = None,
-        *,
-        mask: Image.Image | None = None,
-        region_masks: Sequence[Image.Image] = (),
-        control_images: Sequence[Image.Image | None] = (),
-        pass_images: Sequence[Sequence[Image.Image | None]] | None = None,
-        prompt_images: Sequence[Image.Image] = (),
-    ) -> Job:
+    def pictures(self) -> dict[str, PictureSource]:
+        """All pictures that the request names, by the field that does: "input_image", "controls[0].image"."""
+        named: dict[str, PictureSource | None] = {"input_image": self.input_image, "mask_image": self.mask_image}
+        named |= {f"regions[{k}].mask": region.mask for k, region in enumerate(self.regions)}
+        stages = [("", self.controls), *((f"high_res[{k}].", each.controls) for k, each in enumerate(self.high_res))]
+        for stage, controls in stages:
+            named |= {f"{stage}controls[{k}].image": control.image for k, control in enumerate(controls or ())}
+        named |= {f"image_prompts[{k}].image": shown.image for k, shown in enumerate(self.image_prompts)}
+        return {name: picture for name, picture in named.items() if picture is not None}
+
+    def complete(self, defaults: Defaults, seed: int, opened: Mapping[str, Image.Image] | None = None) -> Job:
         """The job that this request is for a family with these defaults; `seed` is used where none was asked for.
 
-        `picture`, `mask` and all images (of masks, controls, passes and prompts) are the request's, opened. Raises
-        RequestError for sizes off the grid, samplers or schedules that the family's process does not have, and values
-        for what the model has no use for.
+        `opened` are the request's `pictures`. Raises RequestError for sizes off the grid, samplers or schedules that
+        the family's process does not have, and values for what the model has no use for.
         """
-        assert (picture is None) == (self.input_image is None)
-        assert (mask is None) == (self.mask_image is None)
-        assert len(region_masks) == len(self.regions)
-        assert len(control_images) == len(self.controls)
-        assert len(prompt_images) == len(self.image_prompts)
-        pass_images = [()] * len(self.high_res) if pass_images is None else pass_images
-        assert [len(images) for images in pass_images] == [len(each.controls or ()) for each in self.high_res]
+        opened = {} if opened is None else opened
+        assert opened.keys() == self.pictures().keys()
+        picture, mask = opened.get("input_image"), opened.get("mask_image")
+        masks = [opened[f"regions[{k}].mask"] for k in range(len(self.regions))]
+
+        def leading(stage: str, controls: Sequence[Control] | None) -> tuple[Image.Image | None, ...]:
+            return tuple(opened.get(f"{stage}controls[{k}].image") for k in range(len(controls or ())))
+
         usual = Size(defaults.width, defaults.height)
         if picture is not None and self.extend is not None:
             usual = self._extended(picture, defaults)
@@ -446,17 +448,18 @@ class Request:
             extend=self.extend,
             loras=self.loras,
             regions=self.regions,
-            region_masks=tuple(resized(each, Size(width, height)) for each in region_masks),
+            region_masks=tuple(resized(each, Size(width, height)) for each in masks),
             controls=self.controls,
-            control_images=tuple(control_images),
+            control_images=leading("", self.controls),
             image_prompts=self.image_prompts,
-            prompt_images=tuple(prompt_images),
-            pass_images=tuple(tuple(images) for images in pass_images),
+            prompt_images=tuple(opened[f"image_prompts[{k}].image"] for k in range(len(self.image_prompts))),
+            pass_images=tuple(leading(f"high_res[{k}].", each.controls) for k, each in enumerate(self.high_res)),
             pass_tiles=tuple(pass_tiles),
             high_res=self.high_res,
             tiled=self.tiled,
             tile_size=None if tiles is None else tiles[0],
             tile_stride=None if tiles is None else tiles[1],
+            fingerprints=tuple((name, fingerprint(each)) for name, each in opened.items()),
             **told,
         )
 
