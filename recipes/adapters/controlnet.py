@@ -43,7 +43,7 @@ from recipes.builtin.scenes import FIXED, FREE, Item, Scene, Variety, caption, c
 KIND = "softedge"  # wide enough for the autoencoder, which loses lines of a pixel
 EXAMPLES = 12000
 JOINT, SINGLE = 2, 1  # blocks that are copied
-PLAN = Plan(steps=1400, batch=16, rate=8e-4, warm=60, pure=0.35, noisy=1.0)
+PLAN = Plan(steps=8600, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5)
 # Things anywhere, large enough to be drawn.
 LED = replace(
     FREE,
