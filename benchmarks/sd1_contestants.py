@@ -56,7 +56,9 @@ def calotype(settings: Settings, times: Times, backend: str | None = None) -> No
         steps=settings.steps + 1,
         cfg_scale=settings.cfg_scale,
         seed=settings.seed,
-        controls=(calotype.Control("none", settings.control, settings.hint),) if settings.control else (),
+        controls=(calotype.Control(kind="none", model=settings.control, image=settings.hint),)
+        if settings.control
+        else (),
     )
     for event in model.stream(request):
         if isinstance(event, calotype.Picture):
