@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -282,10 +283,18 @@ class Weights(Mapping[str, Entry]):
         if entry.strides is not None:
             out.view(-1).copy_(self._gathered(entry).view(-1)[first : first + out.numel()])
             return
-        target = out if out.dtype == entry.dtype else torch.empty(out.shape, dtype=entry.dtype)
-        _fill(target, entry, entry.start + first * entry.dtype.itemsize)
-        if target is not out:
-            out.copy_(target)
+        start = entry.start + first * entry.dtype.itemsize
+        if out.dtype == entry.dtype:
+            _fill(out, entry, start)
+            return
+        # Some at a time, through pages of their own: what came from the allocator would leave holes between the weights.
+        flat = out.view(-1)
+        pages = mmap.mmap(-1, min(CHUNK, len(flat)) * entry.dtype.itemsize)
+        buffer = torch.frombuffer(pages, dtype=entry.dtype)
+        for done in range(0, len(flat), CHUNK):
+            part = buffer[: len(flat) - done]
+            _fill(part, entry, start + done * entry.dtype.itemsize)
+            flat[done : done + CHUNK].copy_(part)
 
     def piece(self, key: str, row: int, rows: int, *, mapped: bool) -> Piece | None:
         """Some rows just as the file has them, for a layer that keeps them so; None where that cannot be.

@@ -234,11 +234,11 @@ def peak():
 torch.set_num_threads(1)
 strips.STRIP = 2**17
 config = autoencoder.AutoencoderConfig(
-    latent_channels=4, widths=(64, 64, 64, 64), blocks=1, quant_convs=False, scale=1, shift=0
+    latent_channels=4, widths=(32, 64, 128, 128), blocks=1, quant_convs=False, scale=1, shift=0
 )
 net = autoencoder.Autoencoder(config).requires_grad_(False)
 run = {"decode": net.decode, "encode": net.encode}[sys.argv[1]]
-x = torch.rand(1, *((4, 64, 64) if sys.argv[1] == "decode" else (3, 512, 512)))
+x = torch.rand(1, *((4, 64, 64) if sys.argv[1] == "decode" else (3, 768, 768)))
 before = 0
 for pixels, piece in ((0, x[:, :, :8, :8]), (0, x), (2**40, x)):
     strips.WHOLE = pixels
