@@ -10,7 +10,7 @@ demo: $(VENV)/.installed  ## install, and draw a page of pictures into demo/
 	$(BIN)/python examples/demo.py --out demo
 
 test: $(VENV)/.tests  ## the tests, in a few minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 check: $(VENV)/.checks  ## lint, format, types, architecture
 	$(BIN)/ruff check .
