@@ -287,7 +287,7 @@ class Weights(Mapping[str, Entry]):
         if out.dtype == entry.dtype:
             _fill(out, entry, start)
             return
-        # Some at a time, through pages of their own: what came from the allocator would leave holes between the weights.
+        # Some at a time, through pages of their own: the allocator's would leave holes between the weights.
         flat = out.view(-1)
         pages = mmap.mmap(-1, min(CHUNK, len(flat)) * entry.dtype.itemsize)
         buffer = torch.frombuffer(pages, dtype=entry.dtype)

@@ -25,7 +25,7 @@ from torch import Tensor
 from calotype.checkpoint.files import Shape
 from calotype.nn.linear import product, widened
 
-BLOCK = 512  # rows of a weight that are in float32 at a time
+BLOCK = 2**20  # numbers of a weight that are in float32 at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,9 +221,12 @@ def merged(weight: Tensor, parts: Sequence[tuple[Placed, float]]) -> Tensor:
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     flat, made = weight.detach().flatten(1), out.flatten(1)
     dense = [_dense(flat, placed) for placed, _ in parts]
-    for start in range(0, len(flat), BLOCK):
-        stop = min(start + BLOCK, len(flat))
-        block = flat[start:stop].to(torch.float32, copy=True)
+    height = max(BLOCK // flat.shape[1], 1)
+    # One for all of them: memory that is new costs more than the sums.
+    buffer = torch.empty(min(height, len(flat)), flat.shape[1], dtype=torch.float32, device=weight.device)
+    for start in range(0, len(flat), height):
+        stop = min(start + height, len(flat))
+        block = buffer[: stop - start].copy_(flat[start:stop])
         for (placed, strength), difference in zip(parts, dense, strict=True):
             first, last = max(start, placed.ours), min(stop, placed.ours + placed.height)
             if first >= last:
