@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 BUSY = 0.5  # cores that others may use while a run waits to begin
 TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
@@ -30,13 +31,24 @@ class Run:
     seen: dict[str, Any]
 
 
-def run(script: Path, *arguments: str, python: str = sys.executable, patience: float = 180, every: float = 0.05) -> Run:
+def run(
+    script: Path,
+    *arguments: str,
+    python: str = sys.executable,
+    patience: float = 180,
+    every: float = 0.05,
+    touched: int = 0,
+) -> Run:
     """Run a script whose last line of output is a JSON object, after waiting `patience` seconds for a quiet machine.
+
+    Before it begins, another process touches so many bytes of memory (see `touch`).
 
     Seen are the load average before it, its peak memory, and the cores that other processes used beside it. Exits with
     its error where it fails.
     """
     waited = settle(patience)
+    if touched:
+        subprocess.run([sys.executable, "-c", f"import measuring; measuring.touch({touched})"], cwd=HERE, check=True)
     load = [round(value, 2) for value in os.getloadavg()]
     settings = {
         "HF_HUB_OFFLINE": "1",
