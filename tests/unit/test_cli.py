@@ -368,6 +368,12 @@ def test_a_bad_command_line_is_refused_before_the_model_is_loaded(
     assert files() == []
 
 
+def test_an_upscaler_is_looked_for_before_the_model_is_loaded(loader: Loader, capsys: Said) -> None:
+    assert main(["generate", "a fox", "--high-res", "64x64@0.5@2@none.pth"]) == 1
+    assert "none.pth: no such file" in one_line(capsys)
+    assert loader.calls == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -17,6 +17,7 @@ import typer
 from calotype.errors import OutputError, RequestError
 from calotype.image import check_writable, opened, read_metadata, save
 from calotype.request import Control, Request, fingerprint
+from calotype.request.parts import UPSCALERS
 
 if TYPE_CHECKING:
     from calotype.cli.progress import Silent
@@ -252,6 +253,12 @@ def _passing(request: Request, option: str, given: str, **values: Any) -> Reques
 def _check_files(request: Request) -> None:
     """Not to find out after loading a model that they cannot be read."""
     opened(request)
+    upscalers = {each.upscaler for each in request.high_res}.difference(UPSCALERS)
+    if upscalers:
+        from calotype.control.upscalers import check_upscaler
+
+        for file in sorted(upscalers):
+            check_upscaler(file)
     if request.loras:
         from calotype.lora.files import find
 

@@ -83,15 +83,25 @@ def _spans(length: int, whole: bool) -> Iterator[tuple[int, int]]:
     return zip(edges[:-1], edges[1:], strict=True)
 
 
+def check_upscaler(path: str | Path) -> Weights:
+    """What an upscaler's file has, before anything is computed.
+
+    Raises RequestError where spandrel is missing; SourceNotFound, DamagedFile, UnsafeFile for a file that is not
+    sound, which is told first.
+    """
+    weights = Weights.of(str(path), [Path(path).expanduser()])
+    if importlib.util.find_spec("spandrel") is None:
+        raise RequestError("upscaler", str(path), f"lanczos or latent, as spandrel is not installed; {REMEDY}")
+    return weights
+
+
 def load_upscaler(path: str | Path, device: torch.device | str = "cpu") -> Upscaler:
     """The upscaler in a file, .safetensors or what torch.save wrote, to compute on a device.
 
-    Raises RequestError where spandrel is missing; SourceNotFound, DamagedFile, UnsafeFile for a file that is not
-    sound; UnknownModel for one that holds no network that enlarges RGB pictures.
+    Raises what `check_upscaler` does; UnknownModel for a file that holds no network that enlarges RGB pictures.
     """
     source = str(path)
-    place = Path(path).expanduser()
-    weights = Weights.of(source, [place])  # what is wrong with the file is told first
+    weights = check_upscaler(path)
     spandrel = _spandrel(source)
     tensors = _bare({key: weights.mapped(key).clone() for key in weights})
     try:
@@ -118,8 +128,6 @@ def load_upscaler(path: str | Path, device: torch.device | str = "cpu") -> Upsca
 
 
 def _spandrel(source: str) -> Any:
-    if importlib.util.find_spec("spandrel") is None:
-        raise RequestError("upscaler", source, f"lanczos or latent, as spandrel is not installed; {REMEDY}")
     try:
         return importlib.import_module("spandrel")
     except (ImportError, RuntimeError) as error:  # torchvision for another torch raises the second
