@@ -78,7 +78,7 @@ class FluxControlNet(FluxTrunk, Leader):
         if self.kinds_in is not None:
             assert kind is not None
             before = self.kinds_in.weight[kind : kind + 1]
-        told = (guidance or GUIDANCE) if self.config.guidance_input else None
+        told = (GUIDANCE if guidance is None else guidance) if self.config.guidance_input else None
         return self.prepare(text, pooled, told, times, rows, columns, before=before)
 
     def embed(self, tokens: Tensor) -> Tensor:
