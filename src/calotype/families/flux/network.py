@@ -152,18 +152,16 @@ class SingleBlock(nn.Module):
 class Added(NamedTuple):
     """What a ControlNet adds to image tokens after the joint and the single blocks, b n d each.
 
-    Fewer than the network has blocks go to several in a row each, or over and over again where they `repeat`.
+    Fewer than the network has blocks go to several in a row each.
     """
 
     joint: tuple[Tensor, ...]
     single: tuple[Tensor, ...]
-    repeat: bool = False
 
-    def after(self, made: Sequence[Tensor], block: int, blocks: int) -> Tensor | None:
-        """Of `made`, joint or single, what is added after this block of so many."""
-        if not made:
-            return None
-        return made[block % len(made)] if self.repeat else made[block // math.ceil(blocks / len(made))]
+
+def _after(made: Sequence[Tensor], block: int, blocks: int) -> Tensor | None:
+    """Of what a ControlNet adds, what comes after this block of so many."""
+    return made[block // math.ceil(blocks / len(made))] if made else None
 
 
 class FluxTrunk(nn.Module):
@@ -236,13 +234,13 @@ class FluxTrunk(nn.Module):
             zip(self.joint, table.joint_image, table.joint_text, strict=True)
         ):
             image, text = block(image, text, prepared.rope, at(image_rows), at(text_rows))
-            for more in (each.after(each.joint, number, len(self.joint)) for each in added):
+            for more in (_after(each.joint, number, len(self.joint)) for each in added):
                 image = image if more is None else image + more
             yield image
         words, x = text.shape[1], torch.cat([text, image], dim=1)
         for number, (block, rows) in enumerate(zip(self.single, table.single, strict=True)):
             x = block(x, prepared.rope, at(rows))
-            for more in (each.after(each.single, number, len(self.single)) for each in added):
+            for more in (_after(each.single, number, len(self.single)) for each in added):
                 if more is not None:
                     x = torch.cat([x[:, :words], x[:, words:] + more], dim=1)
             yield x[:, words:]
