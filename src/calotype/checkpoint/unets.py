@@ -32,8 +32,8 @@ def _attention_rules(theirs: str, ours: str, config: UNetConfig) -> Iterator[Rul
 
 OURS = ("norm1", "conv1", "time", "norm2", "conv2", "shortcut")
 ORIGINAL_RESIDUAL = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
-SDXL_TEXT = 2048  # width of what SDXL's cross-attention reads
 DIFFUSERS_RESIDUAL = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
+SDXL_TEXT = 2048  # width of what SDXL's cross-attention reads
 
 
 def _residual_rules(theirs: str, ours: str, names: tuple[str, ...]) -> Iterator[Rule]:
