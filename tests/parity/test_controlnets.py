@@ -117,6 +117,21 @@ def test_sd1_with_one_and_two(tmp_path: Path) -> None:
     assert_same(ours(tmp_path / "sd1", [control(tmp_path / "a", 1)], cfg_scale=1.0), reference)
 
 
+@pytest.mark.parametrize("memory", ["auto", "resident"])
+def test_its_weights_are_views_of_its_file_where_the_models_are(memory: str, tmp_path: Path) -> None:
+    sd1(tmp_path / "sd1")
+    controlnet(tmp_path / "a", sdxl=False)
+    model = calotype.load(tmp_path / "sd1", device="cpu", memory=memory)
+    network = model.load_control(tmp_path / "a")
+    assert isinstance(network, ControlNet)
+    weight = network.conv_in.weight
+    before = weight.clone()
+    file = next((tmp_path / "a").glob("*.safetensors"))
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    assert torch.equal(weight, before) == (memory == "resident")
+
+
 def test_a_pass_at_a_higher_resolution_is_led_by_the_picture_that_is_there(tmp_path: Path) -> None:
     """As two requests, the second of which starts from what the first drew; each picture by its own."""
     sd1(tmp_path / "sd1")

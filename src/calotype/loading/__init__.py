@@ -17,11 +17,11 @@ from torch import Tensor
 
 from calotype.backends.openvino import require
 from calotype.checkpoint.embeddings import read_embedding
-from calotype.checkpoint.files import Weights
 from calotype.errors import LoadError, MissingPart, RequestError
 from calotype.families.family import Assembly
 from calotype.families.unets import UNetModel
 from calotype.generate import Model
+from calotype.loading.attached import files_of
 from calotype.loading.controls import load_control
 from calotype.loading.convert import convert
 from calotype.loading.describe import Description, PartDescription, describe
@@ -37,7 +37,6 @@ from calotype.lora.attach import Adapters
 from calotype.lora.targets import Adaptable
 from calotype.memory.ladder import RUNGS, Memory, Rung
 from calotype.memory.layers import Maker
-from calotype.memory.pages import Mapping as MappedFile
 from calotype.memory.plan import choose as choose_rung
 from calotype.nn.quantized import fill_stored
 
@@ -201,7 +200,7 @@ def _network(
     fewer = lossy(kind)
     if fewer is not None:
         fill_stored(network, binding.tensors(found.weights, dtype, mapped=False), fewer)
-        return Built(network.requires_grad_(False).eval(), makers, _files(found.weights))
+        return Built(network.requires_grad_(False).eval(), makers, files_of(found.weights))
     network.to(dtype)  # on meta: what is read later has its type now
     kept = keep(network, binding, found.weights, dtype, mapped=not read_now) if kind == FILE else frozenset[str]()
     if read_now:
@@ -216,12 +215,7 @@ def _network(
             else:
                 makers[name] = value
         network.load_state_dict(views, strict=False, assign=True)
-    return Built(network.requires_grad_(False).eval(), makers, () if read_now else _files(found.weights))
-
-
-def _files(weights: Weights) -> tuple[MappedFile, ...]:
-    """The files that weights are views of, as they are mapped."""
-    return tuple(MappedFile.of(file.mapping) for file in dict.fromkeys(entry.file for entry in weights.values()))
+    return Built(network.requires_grad_(False).eval(), makers, () if read_now else files_of(found.weights))
 
 
 def _completed(one: Built, device: torch.device | None) -> Built:

@@ -63,6 +63,11 @@ class Memory:
     def rung(self) -> Rung:
         return self._rung
 
+    @property
+    def mapped(self) -> bool:
+        """Whether weights may be views of files. Those of a model that was to be read at once are not."""
+        return bool(self._files)
+
     def add(self, network: nn.Module, makers: Mapping[str, Maker], files: Sequence[MappedFile]) -> None:
         """Take charge of another network, with its own makers and the files that its weights are views of."""
         self._makers[network] = makers
