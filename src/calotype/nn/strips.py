@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from calotype.nn.linear import widened
 
-WHOLE = 2**18  # pixels of pictures that a CPU still takes in one piece: beyond, strips are faster there, and smaller
+WHOLE = 2**17  # pixels of pictures that a CPU still takes in one piece: beyond, strips are no slower there, and smaller
 WHOLE_ELSEWHERE = 2**20  # where small operations cost more than on a CPU
 STRIP = 2**22  # numbers in a strip: it stays in a large cache, and allocators keep such a size for the next one
 
