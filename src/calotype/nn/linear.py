@@ -41,15 +41,30 @@ def product(x: Tensor, rows: Rows, count: int, dtype: torch.dtype, bias: Tensor 
     Where it is taken in float32 and `x` or the weight is not, `block` rows of weights are widened at a time on a CPU.
     """
     if x.dtype == dtype and (not widened(x) or x.numel() < ROWS * x.shape[-1]):
-        return F.linear(x, rows(0, count, dtype), bias)
+        return _linear(x, rows(0, count, dtype), bias)
     y = x.float()
     step = block if x.device.type == "cpu" else count
     pieces: list[Tensor] = []
     for start in range(0, count, step):
         stop = min(start + step, count)
         part = None if bias is None else bias[start:stop].float()
-        pieces.append(F.linear(y, rows(start, stop, torch.float32), part).to(x.dtype))
+        pieces.append(_linear(y, rows(start, stop, torch.float32), part).to(x.dtype))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's, whose rounding does not depend on where in memory the weight lies.
+
+    On some CPUs (AMD's) MKL takes the product of one row in an order that depends on the address of the weight modulo
+    16. Views of a file lie as the file has them; the same weight read into memory, or from a file of another layout,
+    would then give another last bit. Products of two rows and more do not.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])  # torch takes the rows of a batch that is not contiguous one by one
+    rows = len(flat)
+    made = F.linear(flat.expand(2, -1) if rows == 1 else flat, weight, bias)
+    return made[:rows].view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Linear):

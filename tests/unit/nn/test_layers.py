@@ -39,6 +39,25 @@ def test_float32_and_native_half_precision_are_left_alone(monkeypatch: pytest.Mo
         assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 1, 48), (3, 48)])
+def test_products_do_not_depend_on_where_weights_lie(shape: tuple[int, ...]) -> None:
+    """Views of a file lie at any multiple of four; MKL's order of summing follows the address on some CPUs."""
+    torch.manual_seed(0)
+    x = torch.randn(*shape[:-1], 2 * shape[-1])[..., : shape[-1]]  # a part of something, as inputs often are
+    weight, bias = torch.randn(64, 48), torch.randn(64)
+    room = torch.empty(weight.numel() + 16)
+    made: list[torch.Tensor] = []
+    for start in range(16):
+        layer = linear.Linear(48, 64)
+        place = room[start : start + weight.numel()].view(64, 48).copy_(weight)
+        layer.load_state_dict({"weight": place, "bias": bias}, assign=True)
+        with torch.inference_mode():
+            made.append(layer(x))
+    assert made[0].shape == (*shape[:-1], 64)
+    torch.testing.assert_close(made[0], x @ weight.T + bias)
+    assert all(torch.equal(one, made[0]) for one in made)
+
+
 def test_rotated_products_depend_on_the_difference_of_positions() -> None:
     rng = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 12, generator=rng).double()
