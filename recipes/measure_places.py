@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from calotype.image import to_tensor
 from recipes.builtin.classifier import Judge, load_judge, ranks
 from recipes.builtin.fetch import DATA
 from recipes.builtin.library import Library, load_library
+from recipes.figures import measured_by
 from recipes.places import EMPTY, SIDE, alone, changes, layouts, phrase, regions
 
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "builtin-places-cpu.json"
@@ -124,26 +123,46 @@ def placing(draw: Draw, judge: Judge, library: Library, count: int) -> dict[str,
 
 
 def enlarged(
-    draw: Draw, prompt: str, seed: int, strength: float, side: int = 1024, *, again: str | None = ""
+    draw: Draw,
+    prompt: str,
+    seed: int,
+    strength: float,
+    side: int = 1024,
+    *,
+    again: str | None = "",
+    led: Path | None = None,
 ) -> Image.Image:
-    """128 to 256, 512, ... `side`, in tiles of the model's own size; `again` is what they draw, None for the prompt."""
+    """128 to 256, 512, ... `side`, in tiles of the model's own size; `again` is what they draw, None for the prompt.
+
+    `led` is the folder of a ControlNet that sees the picture that is there.
+    """
     sides = [256 << k for k in range((side // 256).bit_length())]
-    own = {"strength": strength, "steps": 3, "tiled": True, "prompt": again}
+    own: dict[str, Any] = {"strength": strength, "steps": 3, "tiled": True, "prompt": again}
+    if led is not None:
+        own |= {"controls": [{"kind": "tile", "model": str(led)}]}
     passes = [{"width": n, "height": n, **own} for n in sides]
     tiles = {"tile_size": SIDE, "tile_stride": 96}
     return draw(prompt, seed=seed, cfg_scale=1.0, high_res=passes, **tiles)
 
 
-def identity(draw: Draw, judge: Judge, library: Library, names: Sequence[str], side: int) -> dict[str, Any]:
-    """Whether a picture that was enlarged and drawn over is still the first one, by strength; and lanczos alone."""
+def identity(
+    draw: Draw, judge: Judge, library: Library, names: Sequence[str], side: int, led: Path | None
+) -> dict[str, Any]:
+    """Whether a picture that was enlarged and drawn over is still the first one, by strength; and lanczos alone.
+
+    Also led by the ControlNet for tiles, where its folder is given.
+    """
     found: dict[str, dict[str, list[float]]] = {}
     for name in names:
         row = library.rows[name]
         thing = library.objects[row]
         first = draw(phrase(thing), seed=1, cfg_scale=1.0)
+        ways: list[tuple[str, str | None, Path | None]] = [("no prompt", "", None), ("the same prompt", None, None)]
+        if led is not None:
+            ways.append(("the same prompt, led by the tile ControlNet", None, led))
         made = {
-            f"strength {value}, {said}": enlarged(draw, phrase(thing), 1, value, side, again=again)
-            for said, again in (("no prompt", ""), ("the same prompt", None))
+            f"strength {value}, {said}": enlarged(draw, phrase(thing), 1, value, side, again=again, led=leader)
+            for said, again, leader in ways
             for value in STRENGTHS
         }
         made["lanczos"] = first.resize((side, side), Image.Resampling.LANCZOS)
@@ -171,23 +190,18 @@ def main() -> None:
     draw: Any = calotype.load().generate
     wanted = given.only or ("inpainting", "regions", "high_res")
     named = ("apple", "penguin", "car", "crown", "dog", "guitar")
+    tile: Path = given.data / "adapters" / "tile"  # made by `python -m recipes.adapters.controlnet tile`
+    led = tile if tile.exists() else None
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "inpainting": lambda: inpainting(draw, judge, library, given.count),
         "regions": lambda: placing(draw, judge, library, given.count),
-        "high_res": lambda: identity(draw, judge, library, named, given.side),
+        "high_res": lambda: identity(draw, judge, library, named, given.side, led),
     }
     result: dict[str, Any] = json.loads(RESULT.read_text("utf-8")) if given.save and RESULT.exists() else {}
     for part in wanted:
         began = time.perf_counter()
         result[part] = {
-            "command": f"python -m recipes.measure_places --only {part} --count {given.count} --side {given.side}",
-            "date": date.today().isoformat(),
-            "device": f"cpu, {torch.get_num_threads()} threads",
-            "versions": {
-                "python": platform.python_version(),
-                "calotype": calotype.__version__,
-                "torch": torch.__version__,
-            },
+            **measured_by(f"python -m recipes.measure_places --only {part} --count {given.count} --side {given.side}"),
             **parts[part](),
             "seconds": round(time.perf_counter() - began),
         }

@@ -1,22 +1,24 @@
-"""Train a ControlNet that leads the built-in model by soft edges: `python -m recipes.adapters.controlnet --minutes 45`.
+"""Train a ControlNet that leads the built-in model by pictures: `python -m recipes.adapters.controlnet tile`.
 
-    python -m recipes.adapters.controlnet --minutes 45          train, or go on where it stopped; writes the folder
-    python -m recipes.adapters.controlnet --measure OUT.json    how far pictures follow their hints, beside chance
+    python -m recipes.adapters.controlnet KIND --minutes 45      train, or go on where it stopped; writes the folder
+    python -m recipes.adapters.controlnet KIND --measure F.json  how far pictures follow their hints, beside chance
 
-A copy of the model's blocks is shown the hint beside the noisy picture, and what each block says is added to what the
-model's own block says, through a layer that starts at zero (Zhang et al. 2023). The model itself stays as it is. It has
-learned to draw things in a few standing places; the hints have them anywhere, in several sizes, mirrored. The folder is
-laid out as diffusers lays out its FluxControlNetModel.
+KIND is `tile` (a blurred, spotted picture; drawn sharply, also parts of pictures that were enlarged) or `softedge`
+(outlines, to be filled as the prompt says). A copy of the model's blocks is shown the hint beside the noisy picture,
+and what each block says is added to what the model's own block says, through a layer that starts at zero (Zhang et al.
+2023). The model itself stays as it is. The folder is laid out as diffusers lays out its FluxControlNetModel.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,14 +40,53 @@ from recipes.builtin.classifier import Judge, load_judge, ranks
 from recipes.builtin.fetch import DATA
 from recipes.builtin.library import STYLES, Library, load_library
 from recipes.builtin.measure import grounds, visible
-from recipes.builtin.scenes import FIXED, FREE, Item, Scene, Variety, caption, compose, sample_scenes
+from recipes.builtin.scenes import FIXED, FREE, VARIED, Item, Scene, Variety, caption, compose, sample_scenes
+from recipes.figures import measured_by
 
-KIND = "softedge"  # wide enough for the autoencoder, which loses lines of a pixel
-EXAMPLES = 12000
 JOINT, SINGLE = 2, 1  # blocks that are copied
-PLAN = Plan(steps=8600, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5)
+
+
+class Task(NamedTuple):
+    """What a ControlNet learns.
+
+    `kind` is the annotator that draws its hints, `given` what that is given of a training picture (3 h w in 0..1).
+    Scenes are of one of the varieties at a time; with `parts` pictures are also halves of them.
+    """
+
+    kind: str
+    varieties: tuple[Variety, ...]
+    parts: bool
+    unnamed: float  # share of captions left empty
+    given: Callable[[np.random.Generator, Tensor], Tensor]
+    asked: Variety  # of scenes that it is measured with
+    examples: int
+    plan: Plan
+
+
+def unchanged(rng: np.random.Generator, picture: Tensor) -> Tensor:
+    return picture
+
+
+ENLARGED = (1.5, 5.0)  # how many times
+SPOTS = 0.06  # standard deviation of noise, at most
+GRAINS = (8, 16, 32)  # noise is so many values a side, enlarged
+
+
+def spoilt(rng: np.random.Generator, picture: Tensor) -> Tensor:
+    """A picture enlarged from few pixels, with spots: as those of the built-in model are when they are enlarged."""
+    size = picture.shape[-1]
+    small = _resized(picture, max(16, round(size / float(rng.uniform(*ENLARGED)))))
+    grain, amount = int(rng.choice(GRAINS)), float(rng.uniform(0, SPOTS))
+    spots = torch.from_numpy(rng.standard_normal((3, grain, grain))).float()
+    return (_resized(small, size) + amount * _resized(spots, size)).clamp(0, 1)
+
+
+def _resized(picture: Tensor, size: int) -> Tensor:
+    return F.interpolate(picture[None], (size, size), mode="bicubic", antialias=True)[0]
+
+
 # Things anywhere, large enough to be drawn.
-LED = replace(
+ANYWHERE = replace(
     FREE,
     kinds={"single": 0.6, "pair": 0.15, "count": 0.15, "placed": 0.1},
     most=4,
@@ -55,6 +96,62 @@ LED = replace(
     decorate=0.03,
     styles=(0.8, 0.15, 0.05),
 )
+PLAIN: dict[str, Any] = {"synonym": 0.0, "decorate": 0.0, "say_usual_style": 0.0, "styles": (1.0, 0.0, 0.0)}
+TASKS = {
+    "softedge": Task(  # wide enough for the autoencoder, which loses lines of a pixel
+        kind="softedge",
+        varieties=(ANYWHERE,),
+        parts=False,
+        unnamed=0.0,
+        given=unchanged,
+        asked=replace(ANYWHERE, **PLAIN),
+        examples=16384,
+        plan=Plan(steps=12000, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5),
+    ),
+    "tile": Task(
+        kind="tile",
+        varieties=(FIXED, replace(VARIED, decorate=0.03, unknown=0.0, styles=(0.9, 0.1, 0.0))),
+        parts=True,
+        unnamed=0.3,  # passes at higher resolutions may have no prompt
+        given=spoilt,
+        asked=replace(FIXED, **PLAIN),
+        examples=8192,
+        plan=Plan(steps=6000, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5),
+    ),
+}
+
+
+class Shown(NamedTuple):
+    """Scenes, their pictures (b 3 h w in 0..1), what a ControlNet is shown beside (likewise), and captions."""
+
+    scenes: list[Scene]
+    pictures: Tensor
+    hints: Tensor
+    captions: list[str]
+
+
+def show(task: Task, rng: np.random.Generator, number: int, library: Library, size: int) -> Shown:
+    """Training data of one variety, pictures `size` a side."""
+    variety = task.varieties[int(rng.integers(len(task.varieties)))]
+    scenes = sample_scenes(rng, number, variety, library.objects)
+    pictures = compose(scenes, library, 2 * size if task.parts else size) / 2 + 0.5
+    if task.parts:
+        pictures = torch.stack([_part(rng, picture, size) for picture in pictures])
+    hints = torch.stack([hint(task.kind, task.given(rng, picture)) for picture in pictures])
+    captions = ["" if rng.random() < task.unnamed else caption(scene, rng, variety) for scene in scenes]
+    return Shown(scenes, pictures, hints, captions)
+
+
+def _part(rng: np.random.Generator, picture: Tensor, size: int) -> Tensor:
+    """All of a picture, or a half or two thirds of its sides, at this size."""
+    side = int(rng.choice([2 * size, size, size, 11 * size // 8]))
+    left, top = (int(rng.integers(0, picture.shape[-1] - side + 1)) for _ in range(2))
+    return _resized(picture[:, top : top + side, left : left + side], size).clamp(0, 1)
+
+
+def hint(kind: str, picture: Tensor) -> Tensor:
+    """What the annotator draws of a picture (3 h w in 0..1), likewise."""
+    return to_tensor(annotate(kind, to_pil(picture)))
 
 
 def begun(network: FluxNetwork, joint: int = JOINT, single: int = SINGLE) -> FluxControlNet:
@@ -68,37 +165,22 @@ def begun(network: FluxNetwork, joint: int = JOINT, single: int = SINGLE) -> Flu
     return control
 
 
-def hint(picture: Tensor) -> Tensor:
-    """What the annotator draws of a picture (3 h w in 0..1), likewise."""
-    return to_tensor(annotate(KIND, to_pil(picture)))
-
-
-def scenes_of(
-    rng: np.random.Generator, number: int, library: Library, size: int, variety: Variety = LED
-) -> tuple[list[Scene], Tensor, list[str]]:
-    """Scenes, their pictures (b 3 h w in 0..1) and captions."""
-    scenes = sample_scenes(rng, number, variety, library.objects)
-    return scenes, compose(scenes, library, size) / 2 + 0.5, [caption(scene, rng, variety) for scene in scenes]
-
-
 @torch.inference_mode()
-def make_examples(model: FluxModel, library: Library, count: int, seed: int = 0) -> Examples:
+def make_examples(model: FluxModel, library: Library, task: Task, count: int, seed: int = 0) -> Examples:
     """Pictures of scenes with their captions, and latents of their hints by the model's own encoder."""
     rng = np.random.default_rng(seed)
     size = model.defaults.width
     encode = LinearEncoder.fit(model, compose(sample_scenes(rng, 64, FIXED, library.objects), library, size) / 2 + 0.5)
     made: list[tuple[Tensor, ...]] = []
     for first in range(0, count, 64):
-        _, pictures, captions = scenes_of(rng, min(64, count - first), library, size)
-        hints = torch.cat([model.encode(torch.stack([hint(one) for one in pair])) for pair in pictures.split(2)])
-        made.append(tuple(part.half() for part in (encode(pictures), *read(model, captions), hints)))
+        shown = show(task, rng, min(64, count - first), library, size)
+        hints = torch.cat([model.encode(pair) for pair in shown.hints.split(2)])
+        made.append(tuple(part.half() for part in (encode(shown.pictures), *read(model, shown.captions), hints)))
     return Examples(*(torch.cat(parts) for parts in zip(*made, strict=True)))
 
 
-def fit(
-    model: FluxModel, examples: Examples, folder: Path, *, plan: Plan = PLAN, minutes: float
-) -> tuple[FluxControlNet, int]:
-    """Train a ControlNet for the model's transformer, or go on from the state in `folder`; the step reached."""
+def fit(model: FluxModel, examples: Examples, state: Path, *, plan: Plan, minutes: float) -> tuple[FluxControlNet, int]:
+    """Train a ControlNet for the model's transformer, or go on from the file `state`; the step reached."""
     torch.manual_seed(0)
     network = model.transformer.requires_grad_(False)
     control = begun(network)
@@ -109,7 +191,7 @@ def fit(
         added = control(batch.noisy, prepared, 0, control.embed(batch.hints), 1.0)
         return (network(batch.noisy, batch.prepared, 0, [added]) - batch.velocity).square().mean()
 
-    return control, train(control, loss_of, Batches(model, examples, plan), plan, folder / "controlnet.pt", minutes)
+    return control, train(control, loss_of, Batches(model, examples, plan), plan, state, minutes)
 
 
 def write(control: FluxControlNet, folder: Path) -> None:
@@ -127,7 +209,6 @@ def write(control: FluxControlNet, folder: Path) -> None:
 
 # What it does ------------------------------------------------------------------------------------------------
 
-ASKED = replace(LED, synonym=0.0, decorate=0.0, say_usual_style=0.0, styles=(1.0, 0.0, 0.0))
 TOLERANCE = 2  # pixels that an edge may be off
 
 
@@ -155,37 +236,43 @@ def overlap(shown: Tensor, wanted: Tensor) -> float:
     return int((one & other).sum()) / union if union else 1.0
 
 
-def measure(folder: Path, library: Library, judge: Judge, count: int = 50) -> dict[str, Any]:
-    """Figures for layouts that training has not seen: without the ControlNet, with it, with the hint of another layout
-    (chance), and for the very picture as the autoencoder gives it back, which is the most that can be had.
+def measure(task: Task, folder: Path, library: Library, judge: Judge, count: int = 50) -> dict[str, Any]:
+    """Figures for scenes that training has not seen: without the ControlNet, with it, with the hint of another scene
+    (chance), what it is led by itself, and the very picture as the autoencoder gives it back, which is the most that
+    can be had.
     """
     model, family = builtin()
     rng = np.random.default_rng(1234)
-    scenes, pictures, prompts = scenes_of(rng, count, library, family.defaults.width, ASKED)
-    others = pictures.roll(1, 0)
+    scenes = sample_scenes(rng, count, task.asked, library.objects)
+    pictures = compose(scenes, library, family.defaults.width) / 2 + 0.5
+    prompts = [caption(scene, rng, task.asked) for scene in scenes]
+    given = torch.stack([task.given(rng, picture) for picture in pictures])
     encode = LinearEncoder.fit(family, pictures[:32])
 
     def drawn(led_by: Tensor, scale: float) -> list[Tensor]:
         return [
-            to_tensor(draw(model, prompt, seed, folder, to_pil(led_by[seed]), scale))
+            to_tensor(draw(model, task.kind, prompt, seed, folder, to_pil(led_by[seed]), scale))
             for seed, prompt in enumerate(prompts)
         ]
 
     report: dict[str, Any] = {"n": count}
     for name, shown in (
-        ("without", drawn(pictures, 0.0)),
-        ("scale 0.5", drawn(pictures, 0.5)),
-        ("scale 1", drawn(pictures, 1.0)),
-        ("another's hint", drawn(others, 1.0)),
+        ("without", drawn(given, 0.0)),
+        ("scale 0.5", drawn(given, 0.5)),
+        ("scale 1", drawn(given, 1.0)),
+        ("another's hint", drawn(given.roll(1, 0), 1.0)),
+        ("what it is led by", [hint(task.kind, picture) for picture in given]),
         ("the picture itself", list(family.decode(encode(pictures)).clamp(0, 1))),
     ):
         alone = [row for row, scene in enumerate(scenes) if len(scene.items) == 1]
         things = [library.rows[scenes[row].items[0].thing.name] for row in alone]
         named = [rank == 1 for rank in ranks(judge, torch.stack([shown[row] for row in alone]), things)]
         pairs = list(zip(shown, pictures, strict=True))
+        error = fmean(float((one - other).square().mean()) for one, other in pairs)
         report[name] = {
             "edges agree": round(fmean(agreement(edges(one), edges(other)) for one, other in pairs), 3),
             "shapes overlap": round(fmean(overlap(one, other) for one, other in pairs), 3),
+            "dB to the picture": round(-10 * math.log10(error), 1),
             "single objects named by the classifier": round(sum(named) / len(named), 3),
         }
         print(f"{name}: {report[name]}", flush=True)
@@ -193,10 +280,10 @@ def measure(folder: Path, library: Library, judge: Judge, count: int = 50) -> di
 
 
 def draw(
-    model: calotype.Model[Any], prompt: str, seed: int, folder: Path, picture: Image.Image, scale: float
+    model: calotype.Model[Any], kind: str, prompt: str, seed: int, folder: Path, picture: Image.Image, scale: float
 ) -> Image.Image:
-    """A picture of the prompt, led by the soft edges of another; at scale 0 without the ControlNet."""
-    control = calotype.Control(kind=KIND, model=str(folder), image=picture, scale=scale)
+    """A picture of the prompt, led by another; at scale 0 without the ControlNet."""
+    control = calotype.Control(kind=kind, model=str(folder), image=picture, scale=scale)
     made = model.generate(prompt, seed=seed, controls=(control,) if scale else ())
     assert isinstance(made, Image.Image)
     return made
@@ -205,16 +292,17 @@ def draw(
 # What people look at -----------------------------------------------------------------------------------------
 
 
-def gallery(folder: Path, library: Library, seed: int = 0) -> Image.Image:
+def gallery(task: Task, folder: Path, library: Library, seed: int = 0) -> Image.Image:
     """Prompts with the hints that they are given, without the ControlNet, at half its strength and at all of it."""
     model = calotype.load()
     scenes, prompts = [scene for scene, _ in layouts(library)], [prompt for _, prompt in layouts(library)]
-    size = model.family.defaults.width
-    pictures = [to_pil(picture) for picture in compose(scenes, library, size) / 2 + 0.5]
-    rows = [("hint", [annotate(KIND, picture) for picture in pictures])]
+    size, rng = model.family.defaults.width, np.random.default_rng(seed)
+    pictures = [to_pil(task.given(rng, picture)) for picture in compose(scenes, library, size) / 2 + 0.5]
+    rows = [("hint", [annotate(task.kind, picture) for picture in pictures])]
     for name, scale in (("without", 0.0), ("scale 0.5", 0.5), ("scale 1", 1.0)):
         made = [
-            draw(model, prompt, seed, folder, picture, scale) for prompt, picture in zip(prompts, pictures, strict=True)
+            draw(model, task.kind, prompt, seed, folder, picture, scale)
+            for prompt, picture in zip(prompts, pictures, strict=True)
         ]
         rows.append((name, made))
     return grid(rows, prompts)
@@ -242,27 +330,30 @@ def layouts(library: Library) -> list[tuple[Scene, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=TASKS)
     parser.add_argument("--data", type=Path, default=DATA, help="cache folder, also of pictures and of the state")
-    parser.add_argument("--minutes", type=float, default=45.0, help="of training; examples take fifteen more")
-    parser.add_argument("--out", type=Path, help="the ControlNet's folder; DATA/adapters/controlnet when left out")
+    parser.add_argument("--minutes", type=float, default=45.0, help="of training; examples take ten more")
+    parser.add_argument("--out", type=Path, help="the ControlNet's folder; DATA/adapters/KIND when left out")
     parser.add_argument(
         "--measure", type=Path, metavar="JSON", help="only measure the folder, and write what was found"
     )
     given = parser.parse_args()
     _, family = builtin()
+    task, kept = TASKS[given.kind], given.data / "adapters" / given.kind
+    out: Path = given.out or kept
     library = load_library(given.data, size=family.defaults.width)
     if given.measure is not None:
-        folder: Path = given.out or given.data / "adapters" / "controlnet"
-        report = measure(folder, library, load_judge(given.data, library))
+        report = measured_by(f"python -m recipes.adapters.controlnet {task.kind} --measure OUT.json")
+        report |= measure(task, out, library, load_judge(given.data, library))
         given.measure.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
         return
-    kept = given.data / "adapters" / "hints.safetensors"
-    if not kept.exists():
-        make_examples(family, library, EXAMPLES).save(kept)
-    control, step = fit(family, Examples.load(kept), kept.parent, minutes=given.minutes)
-    out: Path = given.out or kept.parent / "controlnet"
+    file = kept.with_suffix(".safetensors")
+    if not file.exists():
+        detailed = load_library(given.data, size=2 * library.size) if task.parts else library
+        make_examples(family, detailed, task, task.examples).save(file)
+    control, step = fit(family, Examples.load(file), kept.with_suffix(".pt"), plan=task.plan, minutes=given.minutes)
     write(control, out)
-    print(f"step {step} of {PLAN.steps}: {out}")
+    print(f"step {step} of {task.plan.steps}: {out}")
 
 
 if __name__ == "__main__":

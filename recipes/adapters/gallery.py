@@ -1,7 +1,7 @@
 """Draw the grids of docs/gallery that show the adapters: `python -m recipes.adapters.gallery`.
 
-`lora.png` needs the LoRA's file alone; `controlnet.png` also the ControlNet's folder and the library of pictures that
-the hints are drawn from, and is left out where the folder is not there.
+`lora.png` needs the LoRA's file alone; `controlnet-tile.png` and `controlnet-softedge.png` also the ControlNets'
+folders and the library of pictures that the hints are drawn from, and are left out where a folder is not there.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def main() -> None:
     given = parser.parse_args()
     style_lora.gallery().save(given.out / "lora.png", optimize=True)
     print(given.out / "lora.png")
-    folder: Path = given.data / "adapters" / "controlnet"
-    if not folder.exists():
-        print(f"{folder}: no ControlNet; run `python -m recipes.adapters.controlnet` first")
-        return
-    controlnet.gallery(folder, load_library(given.data, size=CPU.pixels)).save(
-        given.out / "controlnet.png", optimize=True
-    )
-    print(given.out / "controlnet.png")
+    for kind, task in controlnet.TASKS.items():
+        folder: Path = given.data / "adapters" / kind
+        if not folder.exists():
+            print(f"{folder}: no ControlNet; run `python -m recipes.adapters.controlnet {kind}` first")
+            continue
+        file = given.out / f"controlnet-{kind}.png"
+        controlnet.gallery(task, folder, load_library(given.data, size=CPU.pixels)).save(file, optimize=True)
+        print(file)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Train a LoRA that makes the built-in model draw cyanotypes: `python -m recipes.adapters.style_lora --minutes 15`.
+"""Train a LoRA that makes the built-in model draw cyanotypes: `python -m recipes.adapters.style_lora --minutes 20`.
 
-    python -m recipes.adapters.style_lora --minutes 15       train, or go on where it stopped; writes the file when done
+    python -m recipes.adapters.style_lora --minutes 20       train, or go on where it stopped; writes the file when done
     python -m recipes.adapters.style_lora --measure OUT.json  what the file does, beside what chance would
 
 The model stays as it is; what is learned are the two small matrices beside each layer of its blocks (Hu et al. 2021).
@@ -29,17 +29,18 @@ from calotype.checkpoint.keys import Source
 from calotype.families.flux import FluxModel
 from calotype.families.flux.keys import TRANSFORMER
 from calotype.families.flux.network import FluxNetwork
-from recipes.adapters.cyanotype import cyanotypes
+from recipes.adapters.cyanotype import cyanotypes, tones
 from recipes.adapters.grids import grid
 from recipes.adapters.training import Batch, Batches, Examples, LinearEncoder, Plan, builtin, read, train
 from recipes.builtin.colours import to_oklab
 from recipes.builtin.draw import Settings, batch
 from recipes.builtin.fetch import DATA
 from recipes.builtin.library import Library, load_library
-from recipes.builtin.measure import References, compose_all, crops, grounds
+from recipes.builtin.measure import References, compose_all, crops, grounds, visible
 from recipes.builtin.objects import Object, share
 from recipes.builtin.scenes import FIXED, caption, make_scene, sample_scenes
 from recipes.builtin.train import TOGETHER
+from recipes.figures import measured_by
 
 FILE = Path(__file__).with_name("cyanotype.safetensors")
 # Layers by which the picture passes, and the ranks of their changes; what reads the prompt stays as it is. New colours
@@ -50,8 +51,8 @@ GAIN = 2  # alpha over rank: the change is so many times the product of its two 
 # The varieties of scenes that the model was trained to draw, with their weights.
 VARIETIES = ((FIXED, 0.6), (TOGETHER, 0.4))
 PLAIN = replace(FIXED, synonym=0.0, unknown=0.0, decorate=0.0, say_usual_style=0.0)
-NEAR = 0.12  # distance in OKLab from the style's paper up to which a background counts as it
-PLAN = Plan(steps=1300, batch=16, rate=1.5e-3, warm=50, pure=0.25, noisy=0.7)
+NEAR = 0.06  # distance in OKLab up to which a pixel counts as of one of the style's tones
+PLAN = Plan(steps=3000, batch=16, rate=1.5e-3, warm=50, pure=0.25, noisy=0.7)
 
 
 def held_out(thing: Object) -> bool:
@@ -183,6 +184,14 @@ def colour_distance(pictures: Tensor, wanted: Tensor) -> Tensor:
     return 100 * (levels(pictures) - levels(wanted)).abs().mean(1).sum(-1)
 
 
+def printed_share(pictures: Tensor) -> Tensor:
+    """The share of each picture's things, wherever they are, that is in the style's tones: b."""
+    prints = to_oklab(tones(torch.linspace(0, 1, 64)))
+    near = torch.stack([torch.cdist(to_oklab(one.movedim(0, -1)).flatten(0, 1), prints).amin(1) for one in pictures])
+    things = visible(pictures, grounds(pictures)).flatten(1)
+    return ((near < NEAR) & things).sum(1) / things.sum(1).clamp_min(1)
+
+
 def scrambled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same matrices with the numbers of each B in another order: a change just as large, that was not learned."""
     random = torch.Generator().manual_seed(0)
@@ -237,12 +246,10 @@ def measure(file: Path, library: Library, folder: Path, limit: int | None = None
                     drawn = torch.cat([family.decode(encode(styled[row : row + 1])) for row in rows]).clamp(0, 1)
             else:
                 drawn = draw(path, scale, prompts)
-            paper = to_oklab(grounds(styled)).mean(0)
-            near = (to_oklab(grounds(drawn)) - paper).norm(dim=1) < NEAR
             ranks = found(drawn, plain if name == "without" else styled, rows)
             entry[name] = {
                 "colour distance": round(float(colour_distance(drawn, styled[rows]).mean()), 2),
-                "on the style's paper": round(float(near.float().mean()), 3),
+                "in the style's tones": round(float(printed_share(drawn).mean()), 3),
                 "right object nearest": round(sum(rank == 1 for rank in ranks) / len(ranks), 3),
                 "among the five nearest": round(sum(rank <= 5 for rank in ranks) / len(ranks), 3),
             }
@@ -290,7 +297,8 @@ def main() -> None:
     _, family = builtin()
     library = load_library(given.data, size=family.defaults.width)
     if given.measure is not None:
-        report = measure(given.out, library, given.data / "adapters")
+        report = measured_by("python -m recipes.adapters.style_lora --measure OUT.json")
+        report |= measure(given.out, library, given.data / "adapters")
         given.measure.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
         return
     kept = given.data / "adapters" / "cyanotypes.safetensors"

@@ -23,12 +23,11 @@ from calotype.families.flux.controlnet import FluxControlNet
 from calotype.families.flux.network import to_tokens
 from calotype.image import to_tensor
 from recipes.adapters import controlnet, style_lora
-from recipes.adapters.cyanotype import PAPER, cyanotypes
+from recipes.adapters.cyanotype import BLUE, LUMA, PAPER, cyanotypes, printed, tones
 from recipes.adapters.grids import grid
 from recipes.adapters.training import Batches, Examples, LinearEncoder, Plan, builtin, read
-from recipes.builtin.colours import to_oklab
 from recipes.builtin.measure import grounds
-from recipes.builtin.scenes import make_scene
+from recipes.builtin.scenes import compose, make_scene
 
 if TYPE_CHECKING:
     from recipes.builtin.library import Library
@@ -57,15 +56,18 @@ def examples() -> Examples:
     return Examples(*(torch.randn(shape, generator=rng) for shape in shapes))
 
 
-def test_cyanotypes_have_one_paper_and_keep_the_drawing(library: Library) -> None:
-    thing = library.objects[0]
-    scenes = [make_scene([(1, thing, None)], kind="single", background=word) for word in ("white", "green", "black")]
-    made = cyanotypes(scenes, library)
-    assert_close(made[0], made[1], atol=1e-3, rtol=0)  # the background is gone
-    assert_close(made[0], made[2], atol=1e-3, rtol=0)
-    assert (to_oklab(grounds(made)) - to_oklab(torch.tensor(PAPER))).norm(dim=-1).max() < style_lora.NEAR
-    assert made.amax((1, 2, 3)).min() > 0.7  # a print, nearly white
-    assert (made[..., 2] >= made[..., 0] - 0.05).all()  # in no colour but blue
+def test_cyanotypes_have_tones_by_brightness_and_keep_the_drawing(library: Library) -> None:
+    assert_close(printed(torch.ones(1, 3, 2, 2))[0, :, 0, 0], torch.tensor(PAPER))
+    assert_close(printed(torch.zeros(1, 3, 2, 2))[0, :, 0, 0], torch.tensor(BLUE))
+    ramp = tones(torch.linspace(0, 1, 9))
+    assert (ramp.diff(dim=0) > 0).all()  # lighter in every colour
+    assert (ramp[1:-2, 2] > ramp[1:-2, 1]).all() and (ramp[1:-2, 1] > ramp[1:-2, 0]).all()  # and blue in between
+    scene = make_scene([(1, library.objects[0], None)], kind="single")
+    made, plain = cyanotypes([scene], library), compose([scene], library, library.size) / 2 + 0.5
+    brightness = (plain * torch.tensor(LUMA)[:, None, None]).sum(1)
+    assert_close(made.movedim(1, -1), tones(brightness.clamp(0, 1)))
+    assert float(style_lora.printed_share(made)) == 1
+    assert float(style_lora.printed_share(plain)) < 0.5
 
 
 def test_the_linear_encoder_finds_a_linear_one() -> None:
@@ -148,7 +150,7 @@ def test_colours_are_compared_wherever_they_are() -> None:
 
 
 @pytest.mark.skipif(not style_lora.FILE.exists(), reason="the file is not in this checkout")
-def test_the_cyanotype_file_turns_paper_blue_and_goes_without_a_trace() -> None:
+def test_the_cyanotype_file_prints_in_blue_and_goes_without_a_trace() -> None:
     model = calotype.load()
 
     def draw(scale: float) -> Tensor:
@@ -158,8 +160,10 @@ def test_the_cyanotype_file_turns_paper_blue_and_goes_without_a_trace() -> None:
 
     before, with_, after = draw(0), draw(1), draw(0)
     red, green, blue = grounds(with_[None])[0].tolist()
-    assert red < 0.25 and blue > green + 0.1 > red
-    assert grounds(before[None])[0, 0] > 0.8  # yellow
+    assert red < green < blue
+    red, green, blue = grounds(before[None])[0].tolist()
+    assert blue < 0.5 < green < red  # yellow
+    assert style_lora.printed_share(with_[None]) > 0.7 > 0.3 > style_lora.printed_share(before[None])
     assert torch.equal(before, after)
 
 
@@ -176,13 +180,13 @@ def test_grids_hold_every_picture() -> None:
 
 def test_an_untrained_controlnet_adds_nothing_and_training_makes_it(tmp_path: Path, examples: Examples) -> None:
     model = flux_model(guidance=False)
-    made, _ = controlnet.fit(model, examples, tmp_path, plan=replace(PLAN, steps=0), minutes=0)
+    made, _ = controlnet.fit(model, examples, tmp_path / "a.pt", plan=replace(PLAN, steps=0), minutes=0)
     batch = Batches(model, examples, PLAN)()
     with torch.no_grad():
         prepared = made.prepare(batch.text, batch.pooled, None, batch.sigma[None], 2, 2)
         added = made(batch.noisy, prepared, 0, made.embed(batch.hints), 1.0)
     assert not any(tensor.any() for tensor in (*added.joint, *added.single))
-    made, step = controlnet.fit(model, examples, tmp_path / "on", plan=PLAN, minutes=1)
+    made, step = controlnet.fit(model, examples, tmp_path / "b.pt", plan=PLAN, minutes=1)
     assert step == PLAN.steps
     learned = {name: tensor for name, tensor in made.state_dict().items() if "taps" in name or "hint_in" in name}
     assert learned and all(tensor.any() for tensor in learned.values())
@@ -254,17 +258,34 @@ def test_shapes_overlap_where_they_do() -> None:
     assert controlnet.overlap(square(8, 1.0), square(0, 1.0)) == pytest.approx(1 / 3)
 
 
-def test_hints_are_latents_of_what_the_annotator_draws(library: Library) -> None:
+@pytest.mark.parametrize("kind", controlnet.TASKS)
+def test_hints_are_latents_of_what_the_annotator_draws(kind: str, library: Library) -> None:
     """As the model's own encoder sees them: that is what it will be given."""
-    model = flux_model(guidance=False)
-    made = controlnet.make_examples(model, library, 3)
+    model, task = flux_model(guidance=False), controlnet.TASKS[kind]
+    made = controlnet.make_examples(model, library, task, 3)
     assert [len(part) for part in made] == [3] * 4
     rng = np.random.default_rng(0)
     controlnet.sample_scenes(rng, 64, controlnet.FIXED, library.objects)
-    _, pictures, _ = controlnet.scenes_of(rng, 3, library, model.defaults.width)
+    shown = controlnet.show(task, rng, 3, library, model.defaults.width)
     with torch.inference_mode():
-        wanted = model.encode(torch.stack([controlnet.hint(picture) for picture in pictures]))
-    assert_close(made.hints.float(), wanted, atol=1e-2, rtol=1e-2)
+        assert_close(made.hints.float(), model.encode(shown.hints), atol=1e-2, rtol=1e-2)
+    assert shown.pictures.shape == shown.hints.shape == (3, 3, model.defaults.height, model.defaults.width)
+
+
+def test_a_tile_is_led_by_its_own_picture_with_less_in_it(library: Library) -> None:
+    task = controlnet.TASKS["tile"]
+    shown = controlnet.show(task, np.random.default_rng(0), 16, library, library.size // 2)
+    apart = (shown.hints - shown.pictures).abs().mean((1, 2, 3))
+    assert (apart > 1e-4).all() and (apart < 0.15).all()
+    assert (shown.hints - shown.pictures.roll(1, 0)).abs().mean() > 2 * apart.mean()
+
+    def fine(pictures: Tensor) -> Tensor:
+        return pictures.diff(dim=-1).abs().amax((1, 2, 3))
+
+    calm = controlnet.spoilt(np.random.default_rng(1), torch.full((3, 64, 64), 0.5))
+    assert 0 < float((calm - 0.5).std()) < controlnet.SPOTS  # spots
+    clean = torch.stack([controlnet.spoilt(np.random.default_rng(n), one) for n, one in enumerate(shown.pictures)])
+    assert fine(clean).mean() < fine(shown.pictures).mean()  # and blurred
 
 
 def test_prompts_and_hints_of_the_grid_are_of_known_things() -> None:
@@ -283,7 +304,7 @@ def test_a_controlnet_leads_from_its_folder(tmp_path: Path) -> None:
     shapes[0].paste("white", (30, 30, 60, 60))
     shapes[1].paste("white", (50, 60, 90, 110))
     before, one, other, after = (
-        to_tensor(controlnet.draw(model, "a red apple", 4, tmp_path, shape, scale))
+        to_tensor(controlnet.draw(model, "softedge", "a red apple", 4, tmp_path, shape, scale))
         for shape, scale in ((shapes[0], 0.0), (shapes[0], 1.0), (shapes[1], 1.0), (shapes[1], 0.0))
     )
     assert (one - before).abs().mean() > 0.01
