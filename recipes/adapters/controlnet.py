@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -50,10 +50,12 @@ class Task(NamedTuple):
     """What a ControlNet learns.
 
     `kind` is the annotator that draws its hints, `given` what that is given of a training picture (3 h w in 0..1).
-    Scenes are of one of the varieties at a time; with `parts` pictures are also halves of them.
+    Scenes are of one of the varieties at a time; with `parts` pictures are also halves of them. `after` is the task
+    that was learned before, where it begins with what that made.
     """
 
     kind: str
+    after: str | None
     varieties: tuple[Variety, ...]
     parts: bool
     unnamed: float  # share of captions left empty
@@ -100,6 +102,7 @@ PLAIN: dict[str, Any] = {"synonym": 0.0, "decorate": 0.0, "say_usual_style": 0.0
 TASKS = {
     "softedge": Task(  # wide enough for the autoencoder, which loses lines of a pixel
         kind="softedge",
+        after="tile",  # which has things drawn where the model never had them
         varieties=(ANYWHERE,),
         parts=False,
         unnamed=0.0,
@@ -110,13 +113,14 @@ TASKS = {
     ),
     "tile": Task(
         kind="tile",
+        after=None,
         varieties=(FIXED, replace(VARIED, decorate=0.03, unknown=0.0, styles=(0.9, 0.1, 0.0))),
         parts=True,
         unnamed=0.3,  # passes at higher resolutions may have no prompt
         given=spoilt,
         asked=replace(FIXED, **PLAIN),
         examples=8192,
-        plan=Plan(steps=6000, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5),
+        plan=Plan(steps=4000, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5),
     ),
 }
 
@@ -179,11 +183,24 @@ def make_examples(model: FluxModel, library: Library, task: Task, count: int, se
     return Examples(*(torch.cat(parts) for parts in zip(*made, strict=True)))
 
 
-def fit(model: FluxModel, examples: Examples, state: Path, *, plan: Plan, minutes: float) -> tuple[FluxControlNet, int]:
-    """Train a ControlNet for the model's transformer, or go on from the file `state`; the step reached."""
+def fit(
+    model: FluxModel,
+    examples: Examples,
+    state: Path,
+    *,
+    plan: Plan,
+    minutes: float,
+    after: Mapping[str, Tensor] | None = None,
+) -> tuple[FluxControlNet, int]:
+    """Train a ControlNet for the model's transformer, or go on from the file `state`; the step reached.
+
+    `after` is another's state dict, to begin with.
+    """
     torch.manual_seed(0)
     network = model.transformer.requires_grad_(False)
     control = begun(network)
+    if after is not None:
+        control.load_state_dict(after)
     rows, columns = (side // network.config.patch for side in examples.latents.shape[2:])
 
     def loss_of(batch: Batch) -> Tensor:
@@ -351,7 +368,15 @@ def main() -> None:
     if not file.exists():
         detailed = load_library(given.data, size=2 * library.size) if task.parts else library
         make_examples(family, detailed, task, task.examples).save(file)
-    control, step = fit(family, Examples.load(file), kept.with_suffix(".pt"), plan=task.plan, minutes=given.minutes)
+    after: dict[str, Tensor] | None = None
+    if task.after is not None:
+        before: Path = given.data / "adapters" / f"{task.after}.pt"
+        if not before.exists():
+            parser.error(f"{given.kind} begins with {task.after}: run `... {task.after}` first ({before} is not there)")
+        after = torch.load(before, weights_only=True)["learner"]
+    control, step = fit(
+        family, Examples.load(file), kept.with_suffix(".pt"), plan=task.plan, minutes=given.minutes, after=after
+    )
     write(control, out)
     print(f"step {step} of {task.plan.steps}: {out}")
 
