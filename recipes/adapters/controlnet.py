@@ -108,8 +108,8 @@ TASKS = {
         unnamed=0.0,
         given=unchanged,
         asked=replace(ANYWHERE, **PLAIN),
-        examples=16384,
-        plan=Plan(steps=12000, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5),
+        examples=12000,
+        plan=Plan(steps=8000, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5),
     ),
     "tile": Task(
         kind="tile",
@@ -120,7 +120,7 @@ TASKS = {
         given=spoilt,
         asked=replace(FIXED, **PLAIN),
         examples=8192,
-        plan=Plan(steps=4000, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5),
+        plan=Plan(steps=3000, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5),
     ),
 }
 
