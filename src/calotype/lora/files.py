@@ -14,7 +14,6 @@ comes before is the layer's name, spelt in one of the ways that `targets` knows.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,20 +21,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from calotype.checkpoint.files import Shape, Weights
-from calotype.errors import DamagedFile, LoadError, SourceNotFound, WrongShape
+from calotype.errors import DamagedFile, SourceNotFound, WrongShape
 from calotype.lora.layers import Change, Decomposed, Full, Hadamard, Kronecker, LowRank
-from calotype.lora.targets import PEFT, for_encoder
+from calotype.lora.settings import json_object, settings
+from calotype.lora.targets import for_encoder
 
 MAX_RANK = 8192  # beyond the width of any layer here
 UNTOLD = ("pytorch_lora_weights", "adapter_model")  # names of files that say nothing: their folders' do
 ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
-MAX_JSON = 2**20  # characters of metadata that are looked into
 
 FIELDS = (
     (re.compile(r"(.+)\.lora_(up|down|mid)\.weight"), {"up": "up", "down": "down", "mid": "mid"}),
@@ -144,7 +142,7 @@ class Reader:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.groups, self.rest = groups(weights)
-        self._settings = _settings(weights)
+        self._settings = settings(weights)
 
     def change(self, group: Group, shape: Shape) -> Change:
         """The change that a group is of a weight of this shape. Its tensors are read, not mapped.
@@ -272,18 +270,12 @@ class Reader:
         return self._by_row(group, "dora_scale", shape)
 
     def _factor(self, group: Group, rank: int) -> float:
-        """alpha / rank; 1 where the file says nothing of alpha, or there is no rank."""
-        alpha: float | None = None
-        by_root = False
-        if "alpha" in group.keys:
-            if math.prod(self._shape(group, "alpha")) != 1:
-                raise WrongShape(f"{self.weights.source}: {group.keys['alpha']!r} is not one number")
-            alpha = float(self._read(group, "alpha").reshape(()))
-        elif self._settings is not None:
-            alpha, by_root = self._settings.alpha(group.name)
-        if alpha is None or not rank:
-            return 1.0
-        return alpha / (math.sqrt(rank) if by_root else rank)
+        """alpha / rank; 1 where the file says nothing of alpha, or there is no rank. `rank` is 0 for whole matrices."""
+        if "alpha" not in group.keys:
+            return self._settings.factor(group.name, rank)
+        if math.prod(self._shape(group, "alpha")) != 1:
+            raise WrongShape(f"{self.weights.source}: {group.keys['alpha']!r} is not one number")
+        return float(self._read(group, "alpha").reshape(())) / rank if rank else 1.0
 
     def _bounded(self, rank: int) -> bool:
         return 1 <= rank <= MAX_RANK
@@ -324,65 +316,6 @@ def same_kernel(given: Shape, wanted: Shape) -> bool:
     return bare(given) == bare(wanted)
 
 
-class _Settings:
-    """What PEFT keeps beside its matrices: alphas by module, and whether they are divided by the root of the rank."""
-
-    def __init__(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        self._configs = configs
-
-    def alpha(self, name: str) -> tuple[float | None, bool]:
-        """The alpha of a layer, None where nothing is said of it; and whether it is divided by a root."""
-        for prefix, config in self._configs.items():
-            if prefix and not name.startswith(prefix + "."):
-                continue
-            pattern = config.get("alpha_pattern")
-            inner = name.removeprefix(prefix + ".").removeprefix(PEFT)
-            named = (own for key, own in pattern.items() if _names(key, inner)) if isinstance(pattern, dict) else ()
-            value = next(iter(named), config.get("lora_alpha"))
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                return float(value), bool(config.get("use_rslora", False))
-        return None, False
-
-
-def _names(pattern: str, module: str) -> bool:
-    """Whether one of PEFT's patterns means a module: by its end, or all of it after "^". The first that does counts.
-
-    They may be any regular expressions there; those that are written are names, and no file's expression is run here.
-    """
-    if pattern.startswith("^"):
-        return module == pattern[1:]
-    return module == pattern or module.endswith("." + pattern)
-
-
-def _settings(weights: Weights) -> _Settings | None:
-    """diffusers keeps PEFT's configuration in the header, by component; PEFT in a file beside."""
-    config = _object(weights.metadata.get("lora_adapter_metadata"))
-    if config:
-        configs: dict[str, dict[str, Any]] = {}
-        for key, value in config.items():
-            prefix, _, field = key.rpartition(".")
-            configs.setdefault(prefix, {})[field] = value
-        return _Settings(configs)
-    file = weights.files[0] if weights.files else Path()
-    beside = file.with_name("adapter_config.json")
-    if file.stem == "adapter_model" and beside.is_file() and beside.stat().st_size <= MAX_JSON:
-        config = _object(beside.read_text(errors="replace"))
-        if config.get("fan_in_fan_out"):
-            raise LoadError(f"{beside}: fan_in_fan_out is not supported: no layer here is written so")
-        return _Settings({"": config})
-    return None
-
-
-def _object(text: str | None) -> dict[str, Any]:
-    if not text or len(text) > MAX_JSON:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}  # pyright: ignore[reportUnknownVariableType]
-
-
 @dataclass(frozen=True)
 class Summary:
     """What an adapter's file holds: kinds with the number of their layers, ranks likewise, words it was trained on."""
@@ -421,7 +354,7 @@ def _words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         if metadata.get(key, "").strip():
             return (metadata[key].strip()[:200],)
     counts: Counter[str] = Counter()
-    for tags in _object(metadata.get("ss_tag_frequency")).values():
+    for tags in json_object(metadata.get("ss_tag_frequency")).values():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
             if isinstance(tag, str) and isinstance(count, int):
                 counts[tag.strip()[:80]] += count

@@ -475,7 +475,9 @@ def test_an_sdxl_file_on_kolors_leaves_its_text_encoders_out(tmp_path: Path) -> 
         ({"lora_alpha": 6, "r": 3, "alpha_pattern": {"attn.to_k": 1.5}}, 0.5),
         ({"lora_alpha": 6, "alpha_pattern": {"^transformer_blocks.0.attn.to_k": 1.5, "to_k": 3}}, 0.5),  # the first
         ({"lora_alpha": 6, "alpha_pattern": {"^attn.to_k": 1.5}}, 2.0),  # of the whole network: not this one
-        ({"lora_alpha": "six", "alpha_pattern": 3}, 1.0),
+        ({"lora_alpha": 6, "r": 3, "alpha_pattern": {r"transformer_blocks\.0\.attn\.to_k$": 1.5}}, 0.5),
+        ({"alpha": 6, "r": 100, "peft_type": "LOHA"}, 2.0),  # the matrices' own rank
+        ({"lora_alpha": None, "alpha_pattern": None}, 1.0),
     ],
 )
 def test_alphas_that_peft_keeps_beside_are_honoured(config: dict[str, Any], factor: float, tmp_path: Path) -> None:
@@ -488,6 +490,34 @@ def test_alphas_that_peft_keeps_beside_are_honoured(config: dict[str, Any], fact
     bare = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
     weights = opened(tmp_path, bare, name="adapter_model")
     agree(changed(read(weights, model("flux"), name="ink"), model("flux")), wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "text"),
+    [
+        (
+            {"lora_alpha": 6, "alpha_pattern": {".*blocks.*to_k": 2}},
+            LoadError,
+            "'.*blocks.*to_k' is a regular expression",
+        ),
+        ({"lora_alpha": 6, "rank_pattern": {"to_[kq]": 2}}, LoadError, "is a regular expression"),
+        ({"lora_alpha": "six"}, DamagedFile, "lora_alpha = 'six'"),
+        ({"lora_alpha": 6, "alpha_pattern": {"to_k": [1]}}, DamagedFile, "is not a number"),
+        ({"peft_type": "VERA"}, LoadError, "kind VERA, which is not read"),
+        ({"lora_alpha": 6, "init_lora_weights": "pissa_niter_16"}, LoadError, "begun by pissa"),
+        ({"lora_alpha": 6, "fan_in_fan_out": True}, LoadError, "fan_in_fan_out"),
+    ],
+)
+def test_what_peft_keeps_beside_is_honoured_or_refused(
+    config: dict[str, Any], error: type[LoadError], text: str, tmp_path: Path
+) -> None:
+    state = peft("transformer.transformer_blocks.0.attn.to_k", *Draw().pair(256, 256))
+    told = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    with pytest.raises(error, match=re.escape(text)):
+        read(opened(tmp_path, state, told), model("flux"), name="ink")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=re.escape(text)):
+        read(opened(tmp_path, state, name="adapter_model"), model("flux"), name="ink")
 
 
 BAD: dict[str, tuple[State, type[LoadError], str]] = {
