@@ -60,8 +60,38 @@ class Attachment:
 
 
 LORA = re.compile(
-    r"(\.|_)lora(\.|_)(up|down|A|B|mid|magnitude_vector|linear_layer)(\.|$)|\.(hada_w\d|lokr_w\d|dora_scale|oft_blocks)"
+    r"(\.|_)lora(\.|_)(up|down|A|B|mid|magnitude_vector|linear_layer)(\.|$)"
+    r"|_lora[12]?\.(up|down)\."
+    r"|\.(hada_w\d|lokr_w\d|dora_scale)|^(lora|lycoris)_.*\.diff$"
 )
+# Adapters that are not read, or what some have beside their matrices: their name, and how their keys end.
+UNREAD = {
+    "OFT or BOFT": re.compile(r"\.(oft|boft)_[A-Za-z]+(\.|$)"),
+    "GLoRA": re.compile(r"^(lora|lycoris)_\w+\.(a[12]|b[12]|bm)\.weight$|\.glora_[A-Za-z]+(\.|$)"),
+    "(IA)3": re.compile(r"\.on_input$|\.ia3_l(\.|$)"),
+    "VeRA": re.compile(r"\.vera_lambda_\w+(\.|$)"),
+    "AdaLoRA": re.compile(r"\.lora_E(\.|$)"),
+    "whole weights in place of the model's": re.compile(r"\.set_weight$"),
+}
+BESIDE = {
+    "a control LoRA, which widens layers and replaces norms": re.compile(
+        r"\.(query|key)_norm\.scale$|\.reshape_weight$"
+    ),
+    "changes of biases": re.compile(r"\.(diff_b|b_norm)$|\.lora_B(\.[\w-]+)?\.bias$"),
+    "changes of norms": re.compile(r"\.w_norm$|norm(\d|(_added)?_[qk]|_out)?(\.(scale|weight))?\.diff$"),
+    "changes of embeddings": re.compile(r"\.lora_embedding_[AB](\.|$)"),
+}
+
+
+def unread(keys: Iterable[str], kinds: Mapping[str, re.Pattern[str]] | None = None) -> tuple[str, list[str]] | None:
+    """The kind of an adapter that is not read here, or of what one has beside its matrices, and its keys; None for a
+    file that shows neither.
+    """
+    for name, pattern in ({**UNREAD, **BESIDE} if kinds is None else kinds).items():
+        found = [key for key in keys if pattern.search(key)]
+        if found:
+            return name, found
+    return None
 
 
 def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
@@ -69,7 +99,8 @@ def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
     first = {key.split(".", 1)[0] for key in shapes}
     if first >= {"ip_adapter", "image_proj"}:  # some have LoRAs among theirs
         return Attachment("ip_adapter", "faceid" if _of_faces(shapes) else "original", _adapter_family(shapes))
-    lora = next((key for key in shapes if LORA.search(key)), None)
+    other = unread(shapes, UNREAD)
+    lora = next((key for key in shapes if LORA.search(key)), other[1][0] if other else None)
     if lora is not None:
         return Attachment("lora", _lora_spelling(shapes, lora), _lora_family(shapes))
     if "control_model" in first or "input_hint_block.0.weight" in shapes:
@@ -155,7 +186,9 @@ def _lora_spelling(shapes: Mapping[str, Shape], example: str) -> str:
         return "kohya"
     if ".hada_w" in example or ".lokr_w" in example:
         return "lycoris"
-    original = any(key.startswith(("double_blocks.", "single_blocks.")) for key in shapes)
+    original = any(
+        key.removeprefix("diffusion_model.").startswith(("double_blocks.", "single_blocks.")) for key in shapes
+    )
     if original:
         return "bfl"
     return "diffusers" if re.search(r"(transformer|unet|text_encoder\w*|base_model)\.", example) else "peft"

@@ -18,6 +18,7 @@ from torch import Tensor
 from calotype.backends.openvino import require
 from calotype.checkpoint.embeddings import read_embedding
 from calotype.errors import LoadError, MissingPart, RequestError
+from calotype.families.adapters import misfit
 from calotype.families.family import Assembly
 from calotype.families.unets import UNetModel
 from calotype.generate import Model
@@ -146,7 +147,9 @@ def load(
         for role in family.roles
         if role.name in networks and (role is family.backbone or role.tokenizer)
     ]
-    model.adapters = Adapters(adaptable, lambda: model.memory, family=family.name)
+    model.adapters = Adapters(
+        adaptable, lambda: model.memory, family=family.name, advice=partial(misfit, family=family.name)
+    )
     model.memory = Memory(
         target,
         rung,

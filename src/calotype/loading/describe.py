@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from calotype.checkpoint.files import Entry, Weights
-from calotype.checkpoint.known import Known
+from calotype.checkpoint.known import Known, unread
 from calotype.checkpoint.layouts import Found
 from calotype.errors import LoadError, MissingKeys, UnexpectedKeys, UnsupportedModel
 from calotype.families import FAMILIES
@@ -81,7 +81,8 @@ def describe(source: str | os.PathLike[str]) -> Description:
                 known_family, what = _control(item)
                 note = f"{what}{note}"
             if attachment.kind == "lora":
-                note = f"{summary(item.detected.weights)}; {note}"
+                other = unread(item.detected.weights)
+                note = f"{other[0]}: not read here" if other else f"{summary(item.detected.weights)}; {note}"
                 known_family = known_family or next(iter(fitting(item.detected.weights)), None)
             return _described(
                 opened.name,

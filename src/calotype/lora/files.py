@@ -38,13 +38,15 @@ ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 FIELDS = (
     (re.compile(r"(.+)\.lora_(up|down|mid)\.weight"), {"up": "up", "down": "down", "mid": "mid"}),
     (re.compile(r"(.+)\.lora(?:_linear_layer)?\.(up|down)\.weight"), {"up": "up", "down": "down"}),
-    (re.compile(r"(.+)\.lora_(A|B)(?:\.\w+)?\.weight"), {"A": "down", "B": "up"}),
-    (re.compile(r"(.+)\.(lora_magnitude_vector)(?:\.\w+)?"), {"lora_magnitude_vector": "magnitude"}),
+    (re.compile(r"(.+)\.lora_(A|B)(?:\.[\w-]+)?\.weight"), {"A": "down", "B": "up"}),
+    (re.compile(r"(.+)\.(lora_magnitude_vector)(?:\.[\w-]+){0,2}"), {"lora_magnitude_vector": "magnitude"}),
     (re.compile(r"(.+)\.(dora_scale|alpha|diff)"), {"dora_scale": "dora_scale", "alpha": "alpha", "diff": "diff"}),
     (re.compile(r"(.+)\.((?:hada_(?:w[12]_[ab]|t[12]))|(?:lokr_(?:w[12](?:_[ab])?|t2)))"), {}),
 )
 PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.((?:to|add)_\w+?)_lora\.(up|down)\.weight")
-XLABS = re.compile(r"((?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)_lora([12]?)\.(up|down)\.weight")
+XLABS = re.compile(
+    r"((?:diffusion_model\.)?(?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)_lora([12]?)\.(up|down)\.weight"
+)
 XLABS_LAYERS = {
     ("qkv", "1"): "img_attn.qkv",
     ("qkv", "2"): "txt_attn.qkv",
@@ -56,32 +58,33 @@ XLABS_LAYERS = {
 
 
 def find(file: str | os.PathLike[str]) -> Path:
-    """The file that a user means: a path, a folder of diffusers' or PEFT's, or a name in CALOTYPE_HOME/loras.
+    """The file that a user means: a path, a folder of diffusers' or PEFT's, or a name in CALOTYPE_HOME/loras, or in a
+    folder there.
 
     Raises SourceNotFound.
     """
     path = Path(file).expanduser()
-    if path.is_dir():
-        inside = (path / f"{stem}{ending}" for stem in UNTOLD for ending in (".safetensors", ".bin"))
-        found = next((one for one in inside if one.is_file()), None)
-        if found is None:
-            wanted = " or ".join(f"{stem}.safetensors" for stem in UNTOLD)
-            raise SourceNotFound(f"{path}: a folder without {wanted}; give a LoRA's file")
-        return found
     if path.is_file():
         return path
     shelf = Path(os.environ.get("CALOTYPE_HOME") or "~/.cache/calotype").expanduser() / "loras"
-    if path.name == str(path):
-        kept = (shelf / f"{path}{ending}" for ending in ("", *ENDINGS))
-        found = next((one for one in kept if one.is_file()), None)
-        if found is not None:
-            return found
+    inside = (path / f"{stem}{ending}" for stem in UNTOLD for ending in (".safetensors", ".bin"))
+    kept = (shelf / f"{path}{ending}" for ending in ("", *ENDINGS))
+    below = path.parts and not path.is_absolute() and ".." not in path.parts
+    found = next((one for one in (*inside, *(kept if below else ())) if one.is_file()), None)
+    if found is not None:
+        return found
+    if path.is_dir():
+        wanted = " or ".join(f"{stem}.safetensors" for stem in UNTOLD)
+        raise SourceNotFound(f"{path}: a folder without {wanted}; give a LoRA's file")
     raise SourceNotFound(f"{file}: no such file, and none of that name in {shelf}")
 
 
 @dataclass(frozen=True)
 class Group:
-    """All tensors of a file for one layer: their keys by what they are. `leading`: only the layer's first rows."""
+    """All tensors of a file for one layer: their keys by what they are.
+
+    `leading`: only of the layer's first rows, those of q, k and v.
+    """
 
     name: str
     keys: Mapping[str, str]
@@ -123,7 +126,7 @@ def _named(key: str) -> tuple[str, str, bool] | None:
     if match := XLABS.fullmatch(key):
         block, what, stream, field = match.groups()
         layer = XLABS_LAYERS.get((what, stream))
-        if layer is not None and (stream != "") == block.startswith("double"):
+        if layer is not None and (stream != "") == ("double" in block):
             return f"{block}.{layer}", field, layer == "linear1"
     if match := PROCESSOR.fullmatch(key):
         place, what, field = match.groups()
@@ -151,6 +154,9 @@ class Reader:
         WrongShape for matrices that make no weight of this shape.
         """
         made = self._inner(group, shape)
+        if {"magnitude", "dora_scale"} <= set(group.keys):
+            twice = f"{group.keys['magnitude']!r} and {group.keys['dora_scale']!r}"
+            raise DamagedFile(f"{self.weights.source}: {twice} both say the lengths of one layer's rows")
         if "magnitude" in group.keys:
             return Decomposed(
                 shape=made.shape, factor=1.0, inner=made, magnitude=self._by_row(group, "magnitude", shape)
@@ -303,6 +309,35 @@ class Reader:
                 f"{self.weights.source}: {listed} make no change of a weight of {shape} (found at "
                 f"{group.keys[field]!r}); the file is for a model of other sizes, or damaged"
             )
+
+
+def sides(group: Group, weights: Weights) -> tuple[int, int] | None:
+    """How many rows and columns a group's matrices make, from shapes alone; None where they do not show it.
+
+    A convolution's columns are its inputs, or these times its kernel.
+    """
+
+    def side(field: str, axis: int) -> int:
+        return weights[group.keys[field]].shape[axis]
+
+    core = int(any(field in group.keys for field in ("hada_t1", "lokr_t2")))
+    try:
+        match group.kind.removesuffix("+dora"):
+            case "lora":
+                return side("up", 0), side("down", 1)
+            case "full":
+                return side("diff", 0), side("diff", 1)
+            case "loha":
+                return side("hada_w1_a", core), side("hada_w1_b", 1)
+            case _:
+                rows, columns = 1, 1
+                for whole in ("lokr_w1", "lokr_w2"):
+                    above, beside = (whole, whole) if whole in group.keys else (f"{whole}_a", f"{whole}_b")
+                    rows *= side(above, core if above == "lokr_w2_a" else 0)
+                    columns *= side(beside, 1)
+                return rows, columns
+    except (KeyError, IndexError):
+        return None
 
 
 def same_kernel(given: Shape, wanted: Shape) -> bool:

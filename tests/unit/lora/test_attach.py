@@ -247,6 +247,16 @@ def test_a_request_s_loras_are_there_for_it_alone(folder: Path) -> None:
         picture(model, loras=[calotype.Lora(ink), calotype.Lora(ink)])
 
 
+def test_a_request_s_file_that_was_written_anew_is_read_anew(folder: Path, tmp_path: Path) -> None:
+    model = calotype.load(folder / "model", device="cpu")
+    file = tmp_path / "style.safetensors"
+    for name in ("ink", "line"):
+        file.write_bytes((folder / f"{name}.safetensors").read_bytes())
+        drawn = picture(model, loras=[calotype.Lora(file)])
+        assert np.array_equal(drawn, picture(model, loras=[calotype.Lora(folder / f"{name}.safetensors")]))
+        assert np.array_equal(drawn, picture(model, loras=[calotype.Lora(file)]))
+
+
 def test_what_cannot_be_changes_nothing(folder: Path, tmp_path: Path, model: Model[Any]) -> None:
     before = answers(model)
     unet = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -263,8 +273,17 @@ def test_what_cannot_be_changes_nothing(folder: Path, tmp_path: Path, model: Mod
             f"{BLOCK}.attn.to_q.lora_B.weight": torch.ones(3072, 2),
         },
     )
-    with pytest.raises(WrongShape, match="other sizes"):
+    with pytest.raises(WrongShape, match=r"other sizes, or damaged$"):
         model.attach(wide)
+    for layer, title in (("attn.to_q", "Stable Diffusion 3"), ("attn.to_x", "")):
+        state = {
+            f"{BLOCK}.{layer}.lora_A.weight": torch.ones(2, 1536),
+            f"{BLOCK}.{layer}.lora_B.weight": torch.ones(1536, 2),
+        }
+        with pytest.raises(
+            WrongShape if title else UnexpectedKeys, match=f"fits {title}" if title else "calotype info"
+        ):
+            model.attach(tiny.save(tmp_path / "large.safetensors", state))
     for scale in (float("nan"), 101, "strong"):
         with pytest.raises(RequestError, match="scale"):
             model.attach(folder / "ink.safetensors", scale)
