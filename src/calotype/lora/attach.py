@@ -365,8 +365,7 @@ def read(
     layout = f"LoRA for {family}" if family else "LoRA"
     kind = unread(weights)
     if kind is not None:
-        advice = f"they are {kind[0]}, which is not read here; merge the file into its model by what made it"
-        raise UnexpectedKeys(weights.source, layout, kind[1], advice)
+        raise UnexpectedKeys(weights.source, layout, kind[1], f"they are of {kind[0]}")
     reader = Reader(weights)
     if not reader.groups:
         raise LoadError(

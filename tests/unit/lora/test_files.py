@@ -710,10 +710,14 @@ TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         ([f"{TO_Q}.a1.weight", f"{TO_Q}.a2.weight", f"{TO_Q}.b1.weight", f"{TO_Q}.alpha"], "GLoRA"),
         ([f"{TO_Q}.weight", f"{TO_Q}.on_input"], "(IA)3"),
         (["unet.conv_in.vera_lambda_b", "unet.conv_in.vera_lambda_d"], "VeRA"),
-        ([f"{TO_Q}.set_weight"], "whole weights"),
-        ([f"{TO_Q}.diff", f"{TO_Q}.diff_b"], "changes of biases"),
-        (["unet.conv_in.lora_A.weight", "unet.conv_in.lora_B.weight", "unet.conv_in.lora_B.bias"], "changes of biases"),
-        ([f"{TO_Q}.diff", "lora_unet_down_blocks_0_resnets_0_norm1.diff"], "changes of norms"),
+        ([f"{TO_Q}.set_weight"], "an adapter with whole weights"),
+        (["bundle_emb.ink.string_to_param.*", "bundle_emb.line.clip_l"], "a LoRA with embeddings bundled"),
+        ([f"{TO_Q}.diff", f"{TO_Q}.diff_b"], "a change of biases"),
+        (
+            ["unet.conv_in.lora_A.weight", "unet.conv_in.lora_B.weight", "unet.conv_in.lora_B.bias"],
+            "a change of biases",
+        ),
+        ([f"{TO_Q}.diff", "lora_unet_down_blocks_0_resnets_0_norm1.diff"], "a change of norms"),
         (["img_in.lora_A.weight", "double_blocks.0.img_attn.norm.query_norm.scale"], "a control LoRA"),
     ],
 )
