@@ -78,6 +78,8 @@ class Model(Generic[C]):
             stem = path.stem if path.stem not in UNTOLD else path.parent.name or path.stem
             taken = set(adapters.names)
             name = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}-{k}") not in taken)
+        elif not (isinstance(name, str) and name.strip() and name.isprintable()):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError("name", name, "text that can be read, and None for the file's name")
         adapters.attach(weights, name=name, scale=scale)
         return name
 

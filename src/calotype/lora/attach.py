@@ -19,6 +19,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Se
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +101,12 @@ class Adapters:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name in self._held if not name.startswith(WORN))
+
+    @property
+    def told(self) -> list[dict[str, object]]:
+        """What a picture's metadata says of the adapters with names that count."""
+        held = ((name, self._held[name]) for name in self.names)
+        return [{"name": name, "file": one.source, "scale": one.scale} for name, one in held if one.scale]
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self._held:
@@ -457,8 +464,8 @@ def _worn(path: str) -> str:
 
 
 def _checked(scale: object) -> None:
-    real = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
-    if not real or abs(scale) > LARGEST:  # pyright: ignore[reportArgumentType, reportUnknownArgumentType]
+    real = not isinstance(scale, bool) and isinstance(scale, Real) and math.isfinite(scale)  # numpy's too
+    if not real or abs(float(scale)) > LARGEST:  # pyright: ignore[reportArgumentType]
         raise RequestError("scale", scale, f"a finite number from -{LARGEST:g} to {LARGEST:g}")
 
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 import calotype
@@ -247,6 +248,26 @@ def test_a_request_s_loras_are_there_for_it_alone(folder: Path) -> None:
         picture(model, loras=[calotype.Lora(ink), calotype.Lora(ink)])
 
 
+def test_a_picture_tells_what_was_attached(folder: Path, tmp_path: Path) -> None:
+    model = calotype.load(folder / "model", device="cpu")
+    ink, wash = str(folder / "ink.safetensors"), str(folder / "wash.safetensors")
+    model.attach(ink, 2, name="black")
+    model.attach(wash, 0)  # without effect
+    drawn = model.generate("a red fox", loras=[calotype.Lora(ink, 0.5)], **FIELDS)
+    assert isinstance(drawn, Image.Image)
+    calotype.save(drawn, tmp_path / "fox.png")
+    request, record = calotype.read_metadata(tmp_path / "fox.png")
+    assert record["attached"] == [{"name": "black", "file": ink, "scale": 2.0}]
+    assert request.loras == (calotype.Lora(ink, 2.5),)
+    for name in ("black", "wash"):
+        model.detach(name)
+    again = np.asarray(model.generate(request)).astype(int)
+    assert np.abs(again - np.asarray(drawn)).max() <= 1  # added up in another order
+    plain = model.generate("a red fox", **FIELDS)
+    assert isinstance(plain, Image.Image)
+    assert "attached" not in plain.info["calotype"]
+
+
 def test_a_request_s_file_that_was_written_anew_is_read_anew(folder: Path, tmp_path: Path) -> None:
     model = calotype.load(folder / "model", device="cpu")
     file = tmp_path / "style.safetensors"
@@ -287,6 +308,12 @@ def test_what_cannot_be_changes_nothing(folder: Path, tmp_path: Path, model: Mod
     for scale in (float("nan"), 101, "strong"):
         with pytest.raises(RequestError, match="scale"):
             model.attach(folder / "ink.safetensors", scale)
+    for name in ("", " ", "\0x", "a\nb", 5):
+        with pytest.raises(RequestError, match="text that can be read"):
+            model.attach(folder / "ink.safetensors", name=name)  # pyright: ignore[reportArgumentType]
+    assert model.attach(folder / "ink.safetensors", np.float32(0.5)) == "ink"  # pyright: ignore[reportArgumentType]
+    assert type(model.attached["ink"]) is float
+    model.detach("ink")
     assert model.attach(folder / "ink.safetensors", 0) == "ink"
     assert model.attach(folder / "ink.safetensors", 0) == "ink-2"
     with pytest.raises(RequestError, match="a name other than"):
