@@ -8,6 +8,7 @@ comes before is the layer's name, spelt in one of the ways that `targets` knows.
     X.lora.down.weight  X.lora_linear_layer.down.weight         diffusers before PEFT
     X.processor.to_q_lora.down.weight                           diffusers of early 2023
     double_blocks.0.processor.qkv_lora1.down.weight             XLabs: 1 for the image's stream, 2 for the text's
+    double_blocks.0.img_attn.qkv.0.lora_down.weight             OneTrainer: pieces of fused layers, by number
     X.hada_w1_a  X.lokr_w1  X.diff                              LyCORIS
     X.alpha  X.dora_scale  X.lora_magnitude_vector              beside any of them
 """
@@ -38,14 +39,15 @@ ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
 FIELDS = (
     (re.compile(r"(.+)\.lora_(up|down|mid)\.weight"), {"up": "up", "down": "down", "mid": "mid"}),
     (re.compile(r"(.+)\.lora(?:_linear_layer)?\.(up|down)\.weight"), {"up": "up", "down": "down"}),
+    (re.compile(r"(.+)\.lora(?:_linear_layer)?\.(alpha)"), {"alpha": "alpha"}),
     (re.compile(r"(.+)\.lora_(A|B)(?:\.[\w-]+)?\.weight"), {"A": "down", "B": "up"}),
     (re.compile(r"(.+)\.(lora_magnitude_vector)(?:\.[\w-]+){0,2}"), {"lora_magnitude_vector": "magnitude"}),
     (re.compile(r"(.+)\.(dora_scale|alpha|diff)"), {"dora_scale": "dora_scale", "alpha": "alpha", "diff": "diff"}),
     (re.compile(r"(.+)\.((?:hada_(?:w[12]_[ab]|t[12]))|(?:lokr_(?:w[12](?:_[ab])?|t2)))"), {}),
 )
-PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.((?:to|add)_\w+?)_lora\.(up|down)\.weight")
+PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.((?:to|add)_\w+?)_lora\.(up|down|alpha)(?:\.weight)?")
 XLABS = re.compile(
-    r"((?:diffusion_model\.)?(?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)_lora([12]?)\.(up|down)\.weight"
+    r"((?:(?:diffusion_model|transformer)\.)?(?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)_lora([12]?)\.(up|down)\.weight"
 )
 XLABS_LAYERS = {
     ("qkv", "1"): "img_attn.qkv",

@@ -213,6 +213,8 @@ def old_diffusers(draw: Draw) -> tuple[State, Expected]:
     state = {
         f"unet.{block}.attn1.processor.to_out_lora.up.weight": a,
         f"unet.{block}.attn1.processor.to_out_lora.down.weight": b,
+        f"unet.{block}.attn1.processor.to_out_lora.alpha": torch.tensor(1.5),
+        f"unet.{block}.attn2.to_q.lora.alpha": torch.tensor(6.0),
         f"unet.{block}.attn2.to_q.lora.up.weight": 2 * a,
         f"unet.{block}.attn2.to_q.lora.down.weight": b,
         f"{text}.v_proj.lora_linear_layer.up.weight": e,
@@ -222,8 +224,8 @@ def old_diffusers(draw: Draw) -> tuple[State, Expected]:
     }
     ours = "unet.down.0.transformers.0.blocks.0"
     return state, {
-        f"{ours}.self_attention.out": (0, a @ b),
-        f"{ours}.cross_attention.q": (0, 2 * a @ b),
+        f"{ours}.self_attention.out": (0, 0.5 * a @ b),
+        f"{ours}.cross_attention.q": (0, 4 * a @ b),
         "clip_l.layers.0.v": (0, e @ f),
         "clip_l.layers.0.attention_out": (0, -e @ f),
     }
