@@ -7,7 +7,7 @@ import os
 import secrets
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,10 +128,17 @@ def _unreadable(field: str, path: str | Path, why: str) -> RequestError:
     return RequestError(field, str(path), f"a PNG, JPEG or WebP file of at most {MOST_PIXELS:,} pixels; {why}")
 
 
-def embed_metadata(picture: Image.Image, job: Job, *, model: str, source: str) -> None:
-    """Note in `picture.info` what made it, as `save` writes it: an A1111 `parameters` text and a `calotype` JSON."""
+def embed_metadata(
+    picture: Image.Image, job: Job, *, model: str, source: str, attached: Sequence[Mapping[str, object]] = ()
+) -> None:
+    """Note in `picture.info` what made it, as `save` writes it: an A1111 `parameters` text and a `calotype` JSON.
+
+    `attached` are adapters that the model had beside the job's own, each with name, file and scale.
+    """
     picture.info[A1111_KEY] = a1111_parameters(job, model)
     record: dict[str, Any] = {"version": VERSION, "model": model, "source": source, "job": job.to_dict()}
+    if attached:
+        record["attached"] = list(attached)
     if job.fingerprints:
         record["pictures"] = dict(job.fingerprints)  # a path may come to lead to another one
     picture.info[KEY] = json.dumps(record, ensure_ascii=False)
@@ -168,8 +175,9 @@ def _quoted(value: object) -> str:
 
 
 def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
-    """The request that drew a picture, and the record it comes from (version, model, source, job, pictures).
+    """The request that drew a picture, and the record it comes from (version, model, source, job, attached, pictures).
 
+    Adapters that were attached to the model are among the request's `loras`: a plain model draws the picture again.
     Sizes that a model was told only because they follow from the picture's own are left open, to follow another.
     Raises MetadataError where the file holds none, or none that can be read; RequestError for what is no picture.
     """
@@ -180,7 +188,11 @@ def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
     try:
         record = json.loads(text)
         job = dict(record["job"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        scales: dict[str, float] = {}
+        for each in [*record.get("attached", []), *job.get("loras", [])]:
+            scales[each["file"]] = scales.get(each["file"], 0) + each.get("scale", 1)
+        job["loras"] = [{"file": file, "scale": scale} for file, scale in scales.items()]
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise MetadataError(f"{path}: its `{KEY}` text is damaged ({error}); nothing can be read from it") from error
     width, height = job.get("width"), job.get("height")
     for name, usual in zip(SIZES, (width, height, 0, 0, width, height), strict=True):

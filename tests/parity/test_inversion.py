@@ -1,4 +1,7 @@
-"""Textual inversion for SDXL against diffusers: files with vectors for both encoders, tiny random networks."""
+"""Textual inversion against diffusers: files with vectors for both CLIPs, tiny random networks.
+
+diffusers loads such files for SDXL; for Stable Diffusion 3 it does not, and vectors are put in the place of words.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_sd3
 import tiny_unets
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import calotype
+from calotype.errors import LoadError
 from calotype.generate import Model
 
 VECTORS = 2
@@ -87,3 +92,41 @@ def test_vectors_for_one_encoder_leave_the_other_its_word(
         calotype.load(folder, written(tmp_path, "comfyui", vectors), dtype="float32"), "a red thing in the snow"
     )
     assert abs(one - both).max() > 1
+
+
+def test_a_word_of_stable_diffusion_3_is_its_vectors(vectors: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    clip_l = tiny_sd3.clip(768, seed=1, act="quick_gelu")
+    theirs = tiny_sd3.build(folder, with_t5=False, clip_l=clip_l, text=768 + 1280, pooled=768 + 1280)
+    theirs.text_encoder_2 = tiny_sd3.clip(1280, seed=2)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.save_pretrained(folder)
+    ours = calotype.load(folder, written(tmp_path, "comfyui", vectors), dtype="float32")
+    got = drawn(ours, "a thing on the table")
+    plain = drawn(ours, "a red fox on the table")
+    for encoder, tokenizer, rows in zip(
+        (theirs.text_encoder, theirs.text_encoder_2), (theirs.tokenizer, theirs.tokenizer_2), vectors, strict=True
+    ):
+        ids = tokenizer("red fox", add_special_tokens=False).input_ids
+        assert len(ids) == VECTORS
+        with torch.no_grad():
+            encoder.get_parameter("text_model.embeddings.token_embedding.weight")[ids] = rows
+    rng = torch.Generator().manual_seed(1)
+    wanted = theirs(
+        "a red fox on the table",
+        negative_prompt="a cat",
+        width=64,
+        height=64,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        latents=torch.randn(1, 16, 8, 8, generator=rng),
+    ).images[0]
+    assert abs(got - np.asarray(wanted, dtype=int)).max() <= 1
+    assert abs(got - plain).max() > 1
+
+
+def test_an_embedding_that_no_encoder_takes_is_refused(pipeline: tuple[Path, Any], tmp_path: Path) -> None:
+    path = tmp_path / "thing.safetensors"
+    save_file({"emb_params": torch.ones(2, 1024)}, path)
+    with pytest.raises(LoadError, match=r"of width 1024, but this model of SDXL.* takes 768 and 1280"):
+        calotype.load(pipeline[0], path)

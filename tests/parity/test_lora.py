@@ -140,3 +140,36 @@ def test_the_picture_with_a_lora_is_diffusers(name: str, dora: bool, memory: str
         assert difference(ours(model), theirs(pipeline, form)) <= 1
     model.detach("style")
     assert difference(ours(model), plain) == 0
+
+
+KINDS = {
+    "loha": peft.LoHaConfig(r=4, alpha=2),
+    "loha, convolutions with a core": peft.LoHaConfig(r=4, alpha=3, use_effective_conv2d=True),
+    "lokr": peft.LoKrConfig(r=4, alpha=2, rank_pattern={"to_v": 100}),  # whole matrices there
+    "lokr, both in two": peft.LoKrConfig(
+        r=2, alpha=1, decompose_both=True, decompose_factor=4, use_effective_conv2d=True
+    ),
+    "lokr, alphas by module": peft.LoKrConfig(r=4, alpha=2, alpha_pattern={"attn1.to_q": 8, r"^conv_in$": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_picture_with_peft_s_loha_and_lokr_is_peft_s(kind: str, tmp_path: Path) -> None:
+    pipeline = tiny_unets.sd1(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    config = copy.deepcopy(KINDS[kind])
+    config.target_modules = ["to_q", "to_v", "conv1", "conv_in", "proj_in", "ff.net.2"]
+    adapted_unet = peft.get_peft_model(copy.deepcopy(pipeline.unet), config)
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapted_unet.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=rng))
+    adapted_unet.save_pretrained(tmp_path / "style")
+    model = calotype.load(tmp_path / "model", device="cpu", dtype="float32")
+    plain = ours(model)
+    assert model.attach(tmp_path / "style") == "style"
+    pipeline.unet = adapted_unet.merge_and_unload()
+    wanted = theirs(pipeline, FORMS["sd1"])
+    assert difference(plain, wanted) > 8
+    assert difference(ours(model), wanted) <= 1

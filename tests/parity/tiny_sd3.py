@@ -20,7 +20,13 @@ VOCABULARY = 32  # as in the published one, the last two are start and end, and 
 
 
 def transformer(
-    *, norms: bool = False, dual: tuple[int, ...] = (), head: int = 16, seed: int = 0
+    *,
+    norms: bool = False,
+    dual: tuple[int, ...] = (),
+    head: int = 16,
+    seed: int = 0,
+    text: int = TEXT,
+    pooled: int = CLIP_L + CLIP_G,
 ) -> SD3Transformer2DModel:
     made = SD3Transformer2DModel(
         sample_size=12,
@@ -30,9 +36,9 @@ def transformer(
         num_layers=4,
         attention_head_dim=head,
         num_attention_heads=64 // head,
-        joint_attention_dim=TEXT,
+        joint_attention_dim=text,
         caption_projection_dim=64,
-        pooled_projection_dim=CLIP_L + CLIP_G,
+        pooled_projection_dim=pooled,
         pos_embed_max_size=POSITIONS,
         dual_attention_layers=dual,
         qk_norm="rms_norm" if norms else None,

@@ -1080,6 +1080,22 @@ def test_a_place_is_a_folder_or_numbered_files(tmp_path: Path) -> None:
     assert Target.of(str(tmp_path), 2).path(1, "fox", 7) == tmp_path / "fox-7.png"
 
 
+@pytest.mark.parametrize(("written", "scale"), [(".5", 0.5), ("1e-1", 0.1), ("2.", 2.0), ("-1", -1.0), ("3", 3.0)])
+@pytest.mark.parametrize(
+    ("field", "before"),
+    [
+        ("loras", "ink.pt"),
+        ("regions", "a.png=a fox"),
+        ("controls", "canny=net.pt:a.png"),
+        ("image_prompts", "ip.bin:a.png"),
+    ],
+)
+def test_a_number_behind_an_at_sign_is_a_scale(field: str, before: str, written: str, scale: float) -> None:
+    (read,) = READ[field]([f"{before}@{written}"])
+    assert read["scale"] == scale
+    assert "@" not in "".join(str(value) for value in read.values())
+
+
 # ---- LoRAs in prompts
 
 
@@ -1090,13 +1106,41 @@ def test_a_place_is_a_folder_or_numbered_files(tmp_path: Path) -> None:
         ("a  fox < lora", [], "a  fox < lora", []),
         ("a fox <lora:ink:0.8>", [], "a fox", [{"file": "ink", "scale": 0.8}]),
         ("a <lora:ink> fox", [], "a fox", [{"file": "ink"}]),
-        ("a fox<lora:ink:-.5:1>", ["b/ink.safetensors"], "a fox", [{"file": "b/ink.safetensors", "scale": -0.5}]),
+        ("a fox<lora:ink:-.5>", ["b/ink.safetensors"], "a fox", [{"file": "b/ink.safetensors", "scale": -0.5}]),
+        ("a fox < LoRA : ink : 5e-1 >", [], "a fox", [{"file": "ink", "scale": 0.5}]),
+        ("a <lora:C:/x/ink.safetensors:0.5> fox", [], "a fox", [{"file": "C:/x/ink.safetensors", "scale": 0.5}]),
+        ("a <lora:C:/x/ink.pt> fox", ["ink.pt"], "a fox", [{"file": "ink.pt"}, {"file": "C:/x/ink.pt"}]),
+        ("<lora:ink:1> a fox <lora:ink:1>", [], "a fox", [{"file": "ink", "scale": 1.0}]),
+        (
+            "a fox",
+            ["ink@.5", "line@1e-1", "wash@-2."],
+            "a fox",
+            [{"file": "ink", "scale": 0.5}, {"file": "line", "scale": 0.1}, {"file": "wash", "scale": -2.0}],
+        ),
         ("a fox <lora:ink>", ["ink.pt@2"], "a fox", [{"file": "ink.pt", "scale": 2.0}]),
         ("<lora:line:1>a fox", ["ink.pt"], "a fox", [{"file": "ink.pt"}, {"file": "line", "scale": 1.0}]),
     ],
 )
 def test_a_prompt_may_name_loras(prompt: str, options: list[str], drawn: str, loras: list[dict[str, Any]]) -> None:
     assert loras_in(prompt, loras_of(options)) == (drawn, loras)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "allowed"),
+    [
+        ("a fox <lora:ink:strong>", [], "with one number"),
+        ("a fox <lora:ink:0,8>", [], "with one number"),
+        ("a fox <lora:ink:1:0.5>", [], "with one number"),
+        ("a fox <lora:ink:>", [], "with one number"),
+        ("a fox <lora:>", [], "with one number"),
+        ("<lora:ink:1> a fox <lora:ink:0.5>", [], "ink has another scale before"),
+        ("<lora:ink> a fox <lora:ink:0.5>", [], "ink has another scale before"),
+        ("a fox <lora:ink:0.5>", ["a/ink.pt", "b/ink.safetensors"], "--lora has a/ink.pt, b/ink.safetensors"),
+    ],
+)
+def test_a_lora_that_a_prompt_does_not_name_clearly_is_refused(prompt: str, options: list[str], allowed: str) -> None:
+    with pytest.raises(RequestError, match=allowed):
+        loras_in(prompt, loras_of(options))
 
 
 def test_an_upscaler_is_read_from_the_option_of_a_pass() -> None:

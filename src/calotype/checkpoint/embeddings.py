@@ -3,9 +3,11 @@
     A1111 .pt       string_to_param.* (m d), as the pickle reader flattens it; string_to_token.* beside it counts not
     A1111           emb_params (m d)
     SDXL            clip_l (m 768) and clip_g (m 1280), or one of them; diffusers' trainer: text_encoders_0 and _1
+    SD3, FLUX.1     t5xxl or t5 (m 4096) beside these, or alone: known by name, but not read
     diffusers       the word itself, as "<cat-toy>", with (d) or (m d); one word a file
 
-The width says which encoder they are for: 768 CLIP ViT-L, 1024 OpenCLIP ViT-H (Stable Diffusion 2), 1280 OpenCLIP bigG.
+The width says which encoder they are for: 768 CLIP ViT-L, 1024 OpenCLIP ViT-H (Stable Diffusion 2), 1280 OpenCLIP bigG,
+4096 T5 XXL.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import torch
 from torch import Tensor
 
 from calotype.checkpoint.files import Shape, Weights
-from calotype.errors import DamagedFile, LoadError
+from calotype.errors import DamagedFile, LoadError, UnsupportedModel
 
-WIDTHS = (768, 1024, 1280)
-NAMED = frozenset({"emb_params", "clip_l", "clip_g", "text_encoders_0", "text_encoders_1"})
+T5_WIDTH = 4096
+WIDTHS = (768, 1024, 1280, T5_WIDTH)
+NAMED = frozenset({"emb_params", "clip_l", "clip_g", "t5", "t5xxl", "text_encoders_0", "text_encoders_1"})
 MAX_VECTORS = 75  # what a prompt has room for; a matrix with more rows is something else
 PARAMETERS, TOKENS = "string_to_param.", "string_to_token."
 LAYERS = frozenset({"weight", "bias", "scale", "gamma", "beta", "alpha"})  # names of layers' tensors, and no words
@@ -28,7 +31,7 @@ LAYERS = frozenset({"weight", "bias", "scale", "gamma", "beta", "alpha"})  # nam
 def embedding_keys(shapes: Mapping[str, Shape]) -> dict[int, str] | None:
     """For each width the key of its vectors, where these tensors are an embedding and nothing else; otherwise None."""
     keys = [key for key in shapes if not key.startswith(TOKENS)]
-    if not 1 <= len(keys) <= 2:
+    if not 1 <= len(keys) <= 3:
         return None
     known = all(key in NAMED or key.startswith(PARAMETERS) for key in keys)
     if not known and (len(keys) > 1 or not _word(keys[0])):
@@ -51,7 +54,8 @@ def _word(key: str) -> bool:
 def read_embedding(weights: Weights) -> dict[int, Tensor]:
     """The vectors, float32 (m d), by their width d. Their word is the file's name, which is the caller's.
 
-    Raises LoadError for what is no embedding, DamagedFile for values that are not finite numbers.
+    Raises LoadError for what is no embedding, UnsupportedModel for one with vectors for T5, DamagedFile for values that
+    are not finite numbers.
     """
     keys = embedding_keys(weights.shapes)
     if keys is None:
@@ -60,6 +64,11 @@ def read_embedding(weights: Weights) -> dict[int, Tensor]:
             f"{weights.source}: no textual inversion embedding: it holds {listed}; wanted is one tensor of up to "
             f"{MAX_VECTORS} vectors, or one for each text encoder, of width {', '.join(map(str, WIDTHS))}; run "
             f"`calotype info {weights.source}` to see what it is"
+        )
+    if T5_WIDTH in keys:
+        raise UnsupportedModel(
+            f"{weights.source}: an embedding with vectors for T5 ({keys[T5_WIDTH]!r}), which are not read here: T5 "
+            "reads a prompt as it stands; take that tensor out of the file to use those for CLIP"
         )
     found: dict[int, Tensor] = {}
     for width, key in keys.items():

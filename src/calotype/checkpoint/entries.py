@@ -14,7 +14,7 @@ import torch
 MAX_HEADER = 16 * 2**20  # bytes; FLUX.1 needs 0.1 MB, a Stable Diffusion 1.x pickle with optimizer states 0.6 MB
 MAX_TENSORS = 200_000
 MAX_SIDE = 2**31
-KEY = re.compile(r"(?!.*(?:^|\.)__\w*__(?:\.|$))[\w.\-/:+<> ]{1,512}", re.ASCII)
+KEY = re.compile(r"(?!.*(?:^|\.)__\w*__(?:\.|$))[\w.\-/:+<> ]{1,512}(?:\.\*)?", re.ASCII)
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

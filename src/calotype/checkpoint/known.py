@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from calotype.checkpoint.embeddings import embedding_keys
+from calotype.checkpoint.embeddings import T5_WIDTH, embedding_keys
 from calotype.checkpoint.files import Shape
 from calotype.checkpoint.layouts import Signature
 
@@ -60,8 +60,64 @@ class Attachment:
 
 
 LORA = re.compile(
-    r"(\.|_)lora(\.|_)(up|down|A|B|mid|magnitude_vector|linear_layer)(\.|$)|\.(hada_w\d|lokr_w\d|dora_scale|oft_blocks)"
+    r"(\.|_)lora(\.|_)(up|down|A|B|mid|magnitude_vector|linear_layer)(\.|$)"
+    r"|_lora[12]?\.(up|down)\."
+    r"|\.(hada_w\d|lokr_w\d|dora_scale)|^(lora|lycoris)_.*\.diff$"
 )
+MERGE = "merge the file into its model by what made it, and give that"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A kind of adapter that is not read here, or something that one may have beside what is: how its keys end.
+
+    `alone`: such keys make an adapter of a file, whatever else is in it; `advice` is what to do instead.
+    """
+
+    name: str
+    keys: re.Pattern[str]
+    alone: bool = True
+    advice: str = MERGE
+
+    def __str__(self) -> str:
+        return f"{self.name}, which is not read here; {self.advice}"
+
+
+UNREAD = (
+    Unread("OFT or BOFT", re.compile(r"\.(oft|boft)_[A-Za-z]+(\.|$)")),
+    Unread("GLoRA", re.compile(r"^(lora|lycoris)_\w+\.(a[12]|b[12]|bm)\.weight$|\.glora_[A-Za-z]+(\.|$)")),
+    Unread("(IA)3", re.compile(r"\.on_input$|\.ia3_l(\.|$)")),
+    Unread("VeRA", re.compile(r"\.vera_lambda_\w+(\.|$)")),
+    Unread("AdaLoRA", re.compile(r"\.lora_E(\.|$)")),
+    Unread("an adapter with whole weights", re.compile(r"\.set_weight$")),
+    Unread(
+        "a control LoRA, with norms and wider layers",
+        re.compile(r"\.(query|key)_norm\.scale$|\.reshape_weight$"),
+        alone=False,
+    ),
+    Unread("a change of biases", re.compile(r"\.(diff_b|b_norm)$|\.lora_B(\.[\w-]+)?\.bias$"), alone=False),
+    Unread(
+        "a change of norms",
+        re.compile(r"\.w_norm$|norm(\d|(_added)?_[qk]|_out)?(\.(scale|weight))?\.diff$"),
+        alone=False,
+    ),
+    Unread("a change of embeddings", re.compile(r"\.lora_embedding_[AB](\.|$)"), alone=False),
+    Unread(
+        "a LoRA with embeddings bundled",
+        re.compile(r"^bundle_emb\."),
+        advice="take them out into a file of their own, which goes beside the model",
+    ),
+)
+
+
+def unread(keys: Iterable[str], *, alone: bool = False) -> tuple[Unread, list[str]] | None:
+    """What a file has of an adapter that is not read here, and its keys; None where there is nothing of the kind.
+
+    `alone` asks for what is an adapter without anything else.
+    """
+    kinds = (kind for kind in UNREAD if kind.alone or not alone)
+    listed = ((kind, [key for key in keys if kind.keys.search(key)]) for kind in kinds)
+    return next(((kind, found) for kind, found in listed if found), None)
 
 
 def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
@@ -69,7 +125,8 @@ def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
     first = {key.split(".", 1)[0] for key in shapes}
     if first >= {"ip_adapter", "image_proj"}:  # some have LoRAs among theirs
         return Attachment("ip_adapter", "faceid" if _of_faces(shapes) else "original", _adapter_family(shapes))
-    lora = next((key for key in shapes if LORA.search(key)), None)
+    other = unread(shapes, alone=True)
+    lora = next((key for key in shapes if LORA.search(key)), other[1][0] if other else None)
     if lora is not None:
         return Attachment("lora", _lora_spelling(shapes, lora), _lora_family(shapes))
     if "control_model" in first or "input_hint_block.0.weight" in shapes:
@@ -98,6 +155,8 @@ def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
     if vectors is not None:
         # Vectors for CLIP ViT-L may be meant for any family that has it.
         family = "sdxl" if 1280 in vectors else "sd2" if 1024 in vectors else None
+        if T5_WIDTH in vectors:
+            family = "sd3" if 1280 in vectors else None
         return Attachment("embedding", "textual inversion", family)
     if "vision_model" in first and not any("text_model" in name or "embeddings" in name for name in first):
         return Attachment("image_encoder", "transformers", None)
@@ -155,7 +214,9 @@ def _lora_spelling(shapes: Mapping[str, Shape], example: str) -> str:
         return "kohya"
     if ".hada_w" in example or ".lokr_w" in example:
         return "lycoris"
-    original = any(key.startswith(("double_blocks.", "single_blocks.")) for key in shapes)
+    original = any(
+        key.removeprefix("diffusion_model.").startswith(("double_blocks.", "single_blocks.")) for key in shapes
+    )
     if original:
         return "bfl"
     return "diffusers" if re.search(r"(transformer|unet|text_encoder\w*|base_model)\.", example) else "peft"

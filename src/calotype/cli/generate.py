@@ -345,7 +345,7 @@ def _regions(texts: list[str]) -> list[dict[str, Any]]:
         mask, equals, rest = text.partition("=")
         if not (mask and equals):
             raise RequestError(f"regions[{number}]", text, 'MASK=PROMPT[@SCALE], as left.png="a red fox@2"')
-        found = re.fullmatch(r"(.*)@(\d+(?:\.\d+)?)", rest, re.DOTALL)
+        found = re.fullmatch(rf"(.*)@({_NUMBER})", rest, re.DOTALL)
         values = {"prompt": rest} if found is None else {"prompt": found[1], "scale": float(found[2])}
         made.append({"mask": mask, **values})
     return made
@@ -355,7 +355,7 @@ def _controls(texts: list[str]) -> list[dict[str, Any]]:
     """KIND=MODEL[:IMG][@SCALE], each. The last colon that is not a drive's parts the two."""
     made: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        found = re.fullmatch(rf"([^=]+)=({_PATH})(?::({_PATH}))?(?:@(\d+(?:\.\d+)?))?", text)
+        found = re.fullmatch(rf"([^=]+)=({_PATH})(?::({_PATH}))?(?:@({_NUMBER}))?", text)
         if found is None:
             allowed = "KIND=MODEL[:IMG][@SCALE], as canny=control.safetensors:photo.png@0.8"
             raise RequestError(f"controls[{number}]", text, allowed)
@@ -369,7 +369,7 @@ def _image_prompts(texts: list[str]) -> list[dict[str, Any]]:
     """MODEL[,ENCODER]:IMAGE[@SCALE], each; parted as in `_controls`."""
     made: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        found = re.fullmatch(rf"(.+):({_PATH})(?:@(\d+(?:\.\d+)?))?", text)
+        found = re.fullmatch(rf"(.+):({_PATH})(?:@({_NUMBER}))?", text)
         if found is None:
             allowed = "MODEL[,ENCODER]:IMAGE[@SCALE], as ip-adapter_sd15.safetensors:photo.png@0.6"
             raise RequestError(f"image_prompts[{number}]", text, allowed)
@@ -381,13 +381,14 @@ def _image_prompts(texts: list[str]) -> list[dict[str, Any]]:
 
 
 _PATH = r"(?:[A-Za-z]:(?=[\\/]))?[^:]+?"  # a drive before it, or none
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def _high_res(texts: list[str]) -> list[dict[str, Any]]:
     """WxH[@STRENGTH[@STEPS[@UPSCALER]]], each."""
     made: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        found = re.fullmatch(r"(\d+)[xX](\d+)(?:@(\d*\.?\d+)(?:@(\d+)(?:@(.+))?)?)?", text)
+        found = re.fullmatch(rf"(\d+)[xX](\d+)(?:@({_NUMBER})(?:@(\d+)(?:@(.+))?)?)?", text)
         if found is None:
             allowed = "WIDTHxHEIGHT[@STRENGTH[@STEPS[@UPSCALER]]], as 2048x2048@0.5@20"
             raise RequestError(f"high_res[{number}]", text, allowed)
@@ -397,14 +398,14 @@ def _high_res(texts: list[str]) -> list[dict[str, Any]]:
     return made
 
 
-LORA = re.compile(r"<lora:([^:<>]+)(?::([-+]?(?:\d+(?:\.\d*)?|\.\d+)))?(?::[^<>]*)?>")
+TAG = re.compile(r"<\s*lora\s*:([^<>]*)>", re.IGNORECASE)
 
 
 def _loras(texts: list[str]) -> list[dict[str, Any]]:
     """FILE[@SCALE], each."""
     made: list[dict[str, Any]] = []
     for text in texts:
-        found = None if Path(text).exists() else re.fullmatch(r"(.+)@([-+]?\d+(?:\.\d+)?)", text)
+        found = None if Path(text).exists() else re.fullmatch(rf"(.+)@({_NUMBER})", text)
         made.append({"file": text} if found is None else {"file": found[1], "scale": float(found[2])})
     return made
 
@@ -412,17 +413,28 @@ def _loras(texts: list[str]) -> list[dict[str, Any]]:
 def _loras_in(prompt: str, given: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
     """A prompt without the words <lora:NAME:SCALE>, and all LoRAs: those given by options, and those that it names.
 
-    NAME is that of a file among the options, which then takes the prompt's scale, or what --lora would take.
+    NAME is that of a file among the options, which then takes the prompt's scale, or what --lora would take. Raises
+    RequestError for a word that cannot be read so, or that contradicts another.
     """
     made = [dict(each) for each in given]
-    for name, scale in LORA.findall(prompt):
-        known = next((each for each in made if name in (Path(each["file"]).stem, Path(each["file"]).name)), None)
-        if known is None:
-            known = {"file": name}
-            made.append(known)
-        if scale:
-            known["scale"] = float(scale)
-    return re.sub(r"\s{2,}", " ", LORA.sub("", prompt)).strip() if LORA.search(prompt) else prompt, made
+    said: dict[str, float | None] = {}
+    for tag in TAG.finditer(prompt):
+        found = re.fullmatch(rf"\s*({_PATH})\s*(?::\s*({_NUMBER})\s*)?", tag[1])
+        if found is None:
+            raise RequestError("prompt", tag[0], "<lora:NAME> or <lora:NAME:SCALE> with one number, as <lora:ink:0.8>")
+        name, scale = found[1], None if found[2] is None else float(found[2])
+        if said.setdefault(name, scale) != scale:
+            raise RequestError("prompt", tag[0], f"each LoRA once: {name} has another scale before")
+        known = [each for each in made if name in (Path(each["file"]).stem, Path(each["file"]).name, each["file"])]
+        if len(known) > 1:
+            listed = ", ".join(each["file"] for each in known)
+            raise RequestError("prompt", tag[0], f"a name that is one file's; --lora has {listed}")
+        if not known:
+            known = [{"file": name}]
+            made += known
+        if scale is not None:
+            known[0]["scale"] = scale
+    return re.sub(r"\s{2,}", " ", TAG.sub("", prompt)).strip() if TAG.search(prompt) else prompt, made
 
 
 READ: dict[str, Callable[[Any], Any]] = {

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 
 from calotype.checkpoint.files import Weights
+from calotype.checkpoint.known import unread
 from calotype.errors import LoadError
 from calotype.families import FAMILIES
 from calotype.families.family import Family
-from calotype.lora.files import groups
+from calotype.lora.files import groups, sides
 from calotype.lora.targets import Adaptable, Resolver, for_encoder
 
 
 def fitting(weights: Weights) -> tuple[str, ...]:
     """The families whose published models have every layer of the backbone that a file names, the likeliest first.
 
-    A layer fits where its matrices are as wide as the published model's.
+    A layer fits where its matrices are as wide as the published model's. What has other tensors too fits none.
     """
-    found, _ = groups(weights)
+    found, rest = groups(weights)
     layers = [name for name in found if not for_encoder(name)]
-    if not layers:
+    if not layers or rest or unread(weights):
         return ()
     fits: dict[str, float] = {}
     for family in FAMILIES:
@@ -31,14 +33,11 @@ def fitting(weights: Weights) -> tuple[str, ...]:
             sound = 0
             for layer in layers:
                 target = resolver.target(layer)
-                keys = found[layer].keys
-                if target is None:
+                made = sides(found[layer], weights)
+                if target is None or made is None:
                     continue
-                down = weights[keys["down"]].shape if "down" in keys else None
-                up = weights[keys["up"]].shape if "up" in keys else None
-                fit_in = down is None or "mid" in keys or down[1:2] == target.shape[1:2]
-                fit_out = up is None or found[layer].leading or up[:1] == target.shape[:1]
-                sound += fit_in and fit_out
+                rows = 3 * target.shape[1] if found[layer].leading else target.shape[0]
+                sound += made[0] == rows and made[1] in (target.shape[1], math.prod(target.shape[1:]))
             fits[family.name] = max(fits.get(family.name, 0.0), sound / len(layers))
     return tuple(name for name, share in sorted(fits.items(), key=lambda item: -item[1]) if share == 1)
 

@@ -25,7 +25,8 @@ class Role:
     the variant), `settings` are a part's in this family, where a single file says nothing; `where` tells a user who
     lacks it what to look for. Where one part may play several roles, here or in other families, `fits` says which
     configurations are for this one. `upcast` keeps it out of float16, which it overflows; `quantisable` says that
-    its matrices may be kept in int8 or int4. `optional` says, for a part that a model can do without, what it is
+    its matrices may be kept in int8 or int4; `inverted` that prompts may have textual inversion's vectors for it.
+    `optional` says, for a part that a model can do without, what it is
     without it; of several such parts a model must have one.
     """
 
@@ -39,6 +40,7 @@ class Role:
     fits: Callable[[Any], bool] | None = None
     upcast: bool = False
     quantisable: bool = False
+    inverted: bool = False
     optional: str = ""
 
     def settings_of(self, part: Part[Any]) -> Settings:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from calotype.checkpoint.files import Weights
-from calotype.errors import RequestError, UnexpectedKeys
-from calotype.families.adapters import misfit
+from calotype.errors import RequestError
 from calotype.families.model import FamilyModel
 from calotype.lora.attach import Adapters
 from calotype.lora.files import find
@@ -29,10 +28,7 @@ def wear(model: FamilyModel[C], loras: Sequence[Lora]) -> None:
         if path in wanted:
             raise RequestError(f"loras[{number}]", str(lora.file), "each file once; add up its scales")
         wanted[path] = lora.scale
-    try:
-        attaching.wear(wanted, lambda path: Weights.of(path, [Path(path)]))
-    except UnexpectedKeys as error:
-        raise advised(model, error, Weights.of(error.source, [Path(error.source)])) from error
+    attaching.wear(wanted, lambda path: Weights.of(path, [Path(path)]))
 
 
 def able(model: FamilyModel[C]) -> Adapters:
@@ -44,8 +40,3 @@ def able(model: FamilyModel[C]) -> Adapters:
     if model.memory.busy:
         raise RequestError("loras", name, "a change between jobs: finish or close the one that runs first")
     return adapters
-
-
-def advised(model: FamilyModel[C], error: UnexpectedKeys, weights: Weights) -> UnexpectedKeys:
-    """The error of a file that does not fit, with the family that it does fit."""
-    return UnexpectedKeys(error.source, error.layout, error.keys, misfit(weights, model.family))

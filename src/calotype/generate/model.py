@@ -13,10 +13,10 @@ from PIL import Image
 
 from calotype.checkpoint.files import Weights
 from calotype.control.image_prompts import ImageReader
-from calotype.errors import RequestError, UnexpectedKeys
+from calotype.errors import RequestError
 from calotype.families.model import FamilyModel
 from calotype.generate.events import Events, Picture
-from calotype.generate.loras import able, advised
+from calotype.generate.loras import able
 from calotype.generate.path import stream
 from calotype.generate.prompts import PromptCache
 from calotype.lora.files import UNTOLD, find
@@ -78,10 +78,9 @@ class Model(Generic[C]):
             stem = path.stem if path.stem not in UNTOLD else path.parent.name or path.stem
             taken = set(adapters.names)
             name = next(n for k in count(1) if (n := stem if k == 1 else f"{stem}-{k}") not in taken)
-        try:
-            adapters.attach(weights, name=name, scale=scale)
-        except UnexpectedKeys as error:
-            raise advised(self.family, error, weights) from error
+        elif not (isinstance(name, str) and name.strip() and name.isprintable()):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise RequestError("name", name, "text that can be read, and None for the file's name")
+        adapters.attach(weights, name=name, scale=scale)
         return name
 
     def scale(self, name: str, value: float) -> None:

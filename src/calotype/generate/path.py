@@ -218,5 +218,6 @@ def _picture(model: FamilyModel[C], image: Image.Image, job: Job, k: int) -> Pic
         assert job.input_image is not None
         assert job.mask_image is not None
         image = Image.composite(image, job.input_image, job.mask_image)
-    embed_metadata(image, own, model=f"{model.family}/{model.variant}", source=model.source)
+    attached = () if model.adapters is None else model.adapters.told
+    embed_metadata(image, own, model=f"{model.family}/{model.variant}", source=model.source, attached=attached)
     return Picture(image=image, job=own, seed=own.seed)

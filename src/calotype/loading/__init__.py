@@ -18,7 +18,8 @@ from torch import Tensor
 from calotype.backends.openvino import require
 from calotype.checkpoint.embeddings import read_embedding
 from calotype.errors import LoadError, MissingPart, RequestError
-from calotype.families.family import Assembly
+from calotype.families.adapters import misfit
+from calotype.families.family import Assembly, Family
 from calotype.families.unets import UNetModel
 from calotype.generate import Model
 from calotype.loading.attached import files_of
@@ -100,6 +101,7 @@ def load(
     except MissingPart:
         refuse_damaged(chosen)  # nobody should look for a tokenizer in vain
         raise
+    embeddings = _embeddings(opened, family, configs)
     stored = kinds(family, chosen, wishes)
     if backend == "openvino":
         eight_bits = _eight_bits(stored) or eight_bits
@@ -121,7 +123,6 @@ def load(
         complete = partial(_completed, one, target if rung == "resident" else None)
         built[role] = shared((known[role], rung), complete) if role in known else complete()
     networks = {role: one.network for role, one in built.items()}
-    embeddings = _embeddings(opened)
     model = family.assemble(
         Assembly(
             networks=networks,
@@ -146,7 +147,9 @@ def load(
         for role in family.roles
         if role.name in networks and (role is family.backbone or role.tokenizer)
     ]
-    model.adapters = Adapters(adaptable, lambda: model.memory, family=family.name)
+    model.adapters = Adapters(
+        adaptable, lambda: model.memory, family=family.name, advice=partial(misfit, family=family.name)
+    )
     model.memory = Memory(
         target,
         rung,
@@ -236,16 +239,28 @@ def _rung(memory: str) -> Rung:
     return RUNGS[RUNGS.index(memory)]  # pyright: ignore[reportArgumentType]  a name that was checked
 
 
-def _embeddings(opened: Opened) -> dict[str, dict[int, Tensor]]:
-    """Textual inversion among the sources: vectors by keyword, the file's name without its ending, and by width."""
+def _embeddings(opened: Opened, family: Family, configs: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
+    """Textual inversion among the sources: vectors by keyword, the file's name without its ending, and by width.
+
+    Raises LoadError for one that no encoder of the model takes.
+    """
+    widths = [configs[role.name].width for role in family.roles if role.inverted and role.name in configs]
     found: dict[str, dict[int, Tensor]] = {}
     for item in opened.items:
         if not is_embedding(item):
             continue
-        keyword = item.group.weights.files[0].stem
+        weights = item.group.weights
+        keyword = weights.files[0].stem
         if keyword.lower() in (name.lower() for name in found):
             raise LoadError(f"two embeddings are called {keyword!r}; rename one of the files")
-        found[keyword] = read_embedding(item.group.weights)
+        found[keyword] = read_embedding(weights)
+        if not set(widths) & found[keyword].keys():
+            given = " and ".join(map(str, found[keyword]))
+            taken = f"takes {' and '.join(map(str, widths))}" if widths else "takes none"
+            raise LoadError(
+                f"{weights.source}: an embedding of width {given}, but this model of {family.title} {taken}: it was "
+                "made for another one"
+            )
     return found
 
 

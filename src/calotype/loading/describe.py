@@ -8,8 +8,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from calotype.checkpoint.embeddings import T5_WIDTH, embedding_keys
 from calotype.checkpoint.files import Entry, Weights
-from calotype.checkpoint.known import Known
+from calotype.checkpoint.known import Known, unread
 from calotype.checkpoint.layouts import Found
 from calotype.errors import LoadError, MissingKeys, UnexpectedKeys, UnsupportedModel
 from calotype.families import FAMILIES
@@ -75,13 +76,16 @@ def describe(source: str | os.PathLike[str]) -> Description:
         if attachment is not None:
             note = f"goes with a model, and is none itself{_use(attachment.kind)}"
             known_family = attachment.family
+            if attachment.kind == "embedding" and T5_WIDTH in (embedding_keys(item.detected.weights.shapes) or ()):
+                note = f"with vectors for T5, which are not read here; {note}"
             if attachment.kind == "ip_adapter":
                 note = f"{_adapter(item.detected.weights)}{note}"
             if attachment.kind == "controlnet":
                 known_family, what = _control(item)
                 note = f"{what}{note}"
             if attachment.kind == "lora":
-                note = f"{summary(item.detected.weights)}; {note}"
+                other = unread(item.detected.weights)
+                note = str(other[0]) if other else f"{summary(item.detected.weights)}; {note}"
                 known_family = known_family or next(iter(fitting(item.detected.weights)), None)
             return _described(
                 opened.name,

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +27,11 @@ from torch import Tensor, nn
 
 from calotype.checkpoint.files import Weights
 from calotype.checkpoint.keys import Bound, Source
-from calotype.errors import LoadError, RequestError, UnexpectedKeys
+from calotype.checkpoint.known import unread
+from calotype.errors import DamagedFile, LoadError, RequestError, UnexpectedKeys, WrongShape
 from calotype.lora.files import Group, Reader
 from calotype.lora.layers import Change, Decomposed, Placed, merged
-from calotype.lora.targets import Adaptable, Resolver, for_encoder
+from calotype.lora.targets import Adaptable, Resolver, elsewhere
 from calotype.memory.ladder import Memory
 from calotype.nn.conv import Conv2d
 from calotype.nn.linear import Linear
@@ -74,11 +77,21 @@ class _Fused:
 class Adapters:
     """The adapters of one model."""
 
-    def __init__(self, networks: Sequence[Adaptable], memory: Callable[[], Memory], *, family: str = "") -> None:
-        """`memory` gives the model's memory when asked; `family` is for messages."""
+    def __init__(
+        self,
+        networks: Sequence[Adaptable],
+        memory: Callable[[], Memory],
+        *,
+        family: str = "",
+        advice: Callable[[Weights], str] = lambda _: "",
+    ) -> None:
+        """`memory` gives the model's memory when asked; `family` is for messages, `advice` for those of files that do
+        not fit: what else to do with one, "" for nothing of use.
+        """
         self._networks = tuple(networks)
         self._memory = memory
         self._family = family
+        self._advice = advice
         self._held: dict[str, Adapter] = {}
         self._fused: dict[Site, _Fused] = {}
         self._hooks: dict[Site, Any] = {}
@@ -88,6 +101,12 @@ class Adapters:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name in self._held if not name.startswith(WORN))
+
+    @property
+    def told(self) -> list[dict[str, object]]:
+        """What a picture's metadata says of the adapters with names that count."""
+        held = ((name, self._held[name]) for name in self.names)
+        return [{"name": name, "file": one.source, "scale": one.scale} for name, one in held if one.scale]
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self._held:
@@ -120,31 +139,38 @@ class Adapters:
         _checked(scale)
         if name in self._held:
             raise RequestError("name", name, f"a name other than {', '.join(self._held)}; or detach that one first")
-        adapter = read(weights, self._networks, name=name, scale=scale, family=self._family)
+        try:
+            adapter = read(weights, self._networks, name=name, scale=scale, family=self._family)
+        except UnexpectedKeys as error:
+            advice = error.advice or self._advice(weights)
+            raise UnexpectedKeys(error.source, error.layout, error.keys, advice) from error
+        except WrongShape as error:
+            advice = self._advice(weights)
+            raise (WrongShape(f"{error}; {advice}") if advice else error) from None
         self._held[name] = adapter
         self._touch(adapter.changes)
         return adapter
 
     @property
-    def worn(self) -> tuple[str, ...]:
-        """The files that `wear` attached."""
-        return tuple(name.removeprefix(WORN) for name in self._held if name.startswith(WORN))
+    def worn(self) -> bool:
+        """Whether `wear` attached anything that is still there."""
+        return any(name.startswith(WORN) for name in self._held)
 
     def wear(self, wanted: Mapping[str, float], opened: Callable[[str], Weights]) -> None:
         """Attach these files, each with its scale, and detach what an earlier call attached and this one does not name.
 
-        They go by their paths, beside adapters with names. Where one does not load, none of the earlier is lost.
+        They go by their paths, beside adapters with names, and by what tells that a file was written anew. Where one
+        does not load, none of the earlier is lost.
         """
-        for path, scale in wanted.items():
-            _checked(scale)
-            if path in self.worn:
-                if self[WORN + path].scale != scale:
-                    self.scale(WORN + path, scale)
+        names = {_worn(path): path for path in wanted}
+        for name, path in names.items():
+            _checked(wanted[path])
+            if name in self._held:
+                self.scale(name, wanted[path])
             else:
-                self.attach(opened(path), name=WORN + path, scale=scale)
-        for path in self.worn:
-            if path not in wanted:
-                self.detach(WORN + path)
+                self.attach(opened(path), name=name, scale=wanted[path])
+        for name in [name for name in self._held if name.startswith(WORN) and name not in names]:
+            self.detach(name)
 
     def scale(self, name: str, value: float) -> None:
         """Change an adapter's strength; 0 is without it, and the file stays at hand."""
@@ -343,35 +369,52 @@ def read(
     weights: Weights, networks: Sequence[Adaptable], *, name: str, scale: float = 1.0, family: str = ""
 ) -> Adapter:
     """What a file changes of these networks, checked whole."""
+    layout = f"LoRA for {family}" if family else "LoRA"
+    kind = unread(weights)
+    if kind is not None:
+        raise UnexpectedKeys(weights.source, layout, kind[1], f"they are of {kind[0]}")
     reader = Reader(weights)
     if not reader.groups:
         raise LoadError(
-            f"{weights.source}: no LoRA: none of its {len(weights)} tensors is of an adapter, the first is "
-            f"{next(iter(weights), None)!r}; run `calotype info {weights.source}` to see what it is"
+            f"{weights.source}: no LoRA: none of its {len(weights)} tensors is of an adapter"
+            f"{f', the first is {next(iter(weights))!r}' if weights else ''}; run `calotype info {weights.source}` to "
+            "see what it is"
         )
     resolver = Resolver(networks, reader.groups)
     found = {layer: resolver.target(layer) for layer in reader.groups}
-    matched = any(target is not None for layer, target in found.items() if not for_encoder(layer))
     spare = [layer for layer, target in found.items() if target is None]
     # A file for a family with more encoders, or a model that was loaded without one of its own.
-    left_out = tuple(layer for layer in spare if matched and for_encoder(layer) and not _has(networks, layer))
-    unmatched = [key for layer in spare if layer not in left_out for key in reader.groups[layer].keys.values()]
+    matched = any(target is not None and target.owner.backbone for target in found.values())
+    without = elsewhere(networks, spare) if matched else frozenset[str]()
+    left_out = tuple(layer for layer in spare if layer in without)
+    unmatched = [key for layer in spare if layer not in without for key in reader.groups[layer].keys.values()]
     if unmatched or reader.rest:
-        raise UnexpectedKeys(weights.source, f"LoRA for {family}" if family else "LoRA", [*unmatched, *reader.rest])
+        raise UnexpectedKeys(weights.source, layout, [*unmatched, *reader.rest])
     changes: dict[Site, list[Placed]] = {}
+    owners: dict[Site, list[str]] = {}
     digest = hashlib.blake2b(digest_size=16)
     text = False
     for layer, target in found.items():
         if target is None:
             continue
         group = reader.groups[layer]
-        change = reader.change(group, _rows_of(group, target.shape, weights))
-        if not any(one.backbone and one.network is target.network for one in networks):
+        rows = 3 * target.shape[1] if group.leading else target.shape[0]  # q, k and v, each as wide as what comes in
+        change = reader.change(group, (rows, *target.shape[1:]))
+        if not target.owner.backbone:
             text = True
             _digest(digest, layer, change)
         for bound, source in target.parts:
-            site = Site(target.network, bound.ours.removesuffix(".weight"))
-            changes.setdefault(site, []).extend(_placed(change, bound, source, weights, group))
+            site = Site(target.owner.network, bound.ours.removesuffix(".weight"))
+            placed = _placed(change, bound, source, weights, group)
+            others, before = owners.setdefault(site, []), changes.setdefault(site, [])
+            for other, old in zip(others, before, strict=True):
+                if any(old.ours < new.ours + new.height and new.ours < old.ours + old.height for new in placed):
+                    raise DamagedFile(
+                        f"{weights.source}: {other!r} and {layer!r} are one layer in two spellings, which would count "
+                        "twice; take one of them out of the file"
+                    )
+            before.extend(placed)
+            others.extend([layer] * len(placed))
     return Adapter(
         name=name,
         source=weights.source,
@@ -380,28 +423,6 @@ def read(
         left_out=left_out,
         text=digest.hexdigest() if text else None,
     )
-
-
-def _has(networks: Sequence[Adaptable], layer: str) -> bool:
-    """Whether the model has an encoder of the kind that a layer's name is in, where the name says that it is."""
-    for one in networks:
-        if one.backbone:
-            continue
-        for prefix in (*one.dotted, *one.joined):
-            if layer.startswith(prefix):
-                # Kolors has ChatGLM where SDXL has a CLIP: their names do not even begin alike.
-                start = layer[len(prefix) :].replace(".", "_")[:10]
-                if any(name.startswith(start) for names in one.layouts for name in names.joined):
-                    return True
-    return False
-
-
-def _rows_of(group: Group, shape: tuple[int, ...], weights: Weights) -> tuple[int, ...]:
-    """The shape of a change; fewer rows than the weight's for a group that is of its first ones."""
-    if not group.leading or "up" not in group.keys:
-        return shape
-    rows = weights[group.keys["up"]].shape[:1]
-    return (min(*rows, shape[0]), *shape[1:]) if rows else shape
 
 
 def _placed(change: Change, bound: Bound, source: Source, weights: Weights, group: Group) -> list[Placed]:
@@ -433,9 +454,18 @@ def _digest(digest: hashlib.blake2b, layer: str, change: Change) -> None:
                 digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
+def _worn(path: str) -> str:
+    """The name of a request's file as it is now: another where it was written since."""
+    try:
+        now = os.stat(path)
+    except OSError:  # which opening it will tell
+        return WORN + path
+    return f"{WORN}{path}{WORN}{now.st_mtime_ns} {now.st_size}"
+
+
 def _checked(scale: object) -> None:
-    real = isinstance(scale, (int, float)) and not isinstance(scale, bool) and math.isfinite(scale)
-    if not real or abs(scale) > LARGEST:  # pyright: ignore[reportArgumentType, reportUnknownArgumentType]
+    real = not isinstance(scale, bool) and isinstance(scale, Real) and math.isfinite(scale)  # numpy's too
+    if not real or abs(float(scale)) > LARGEST:  # pyright: ignore[reportArgumentType]
         raise RequestError("scale", scale, f"a finite number from -{LARGEST:g} to {LARGEST:g}")
 
 

@@ -8,13 +8,13 @@ comes before is the layer's name, spelt in one of the ways that `targets` knows.
     X.lora.down.weight  X.lora_linear_layer.down.weight         diffusers before PEFT
     X.processor.to_q_lora.down.weight                           diffusers of early 2023
     double_blocks.0.processor.qkv_lora1.down.weight             XLabs: 1 for the image's stream, 2 for the text's
+    double_blocks.0.img_attn.qkv.0.lora_down.weight             OneTrainer: pieces of fused layers, by number
     X.hada_w1_a  X.lokr_w1  X.diff                              LyCORIS
     X.alpha  X.dora_scale  X.lora_magnitude_vector              beside any of them
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,31 +22,33 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from calotype.checkpoint.files import Shape, Weights
-from calotype.errors import DamagedFile, LoadError, SourceNotFound, WrongShape
+from calotype.errors import DamagedFile, SourceNotFound, WrongShape
 from calotype.lora.layers import Change, Decomposed, Full, Hadamard, Kronecker, LowRank
-from calotype.lora.targets import PEFT, for_encoder
+from calotype.lora.settings import json_object, settings
+from calotype.lora.targets import for_encoder
 
 MAX_RANK = 8192  # beyond the width of any layer here
 UNTOLD = ("pytorch_lora_weights", "adapter_model")  # names of files that say nothing: their folders' do
 ENDINGS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt")
-MAX_JSON = 2**20  # characters of metadata that are looked into
 
 FIELDS = (
     (re.compile(r"(.+)\.lora_(up|down|mid)\.weight"), {"up": "up", "down": "down", "mid": "mid"}),
     (re.compile(r"(.+)\.lora(?:_linear_layer)?\.(up|down)\.weight"), {"up": "up", "down": "down"}),
-    (re.compile(r"(.+)\.lora_(A|B)(?:\.\w+)?\.weight"), {"A": "down", "B": "up"}),
-    (re.compile(r"(.+)\.(lora_magnitude_vector)(?:\.\w+)?"), {"lora_magnitude_vector": "magnitude"}),
+    (re.compile(r"(.+)\.lora(?:_linear_layer)?\.(alpha)"), {"alpha": "alpha"}),
+    (re.compile(r"(.+)\.lora_(A|B)(?:\.[\w-]+)?\.weight"), {"A": "down", "B": "up"}),
+    (re.compile(r"(.+)\.(lora_magnitude_vector)(?:\.[\w-]+){0,2}"), {"lora_magnitude_vector": "magnitude"}),
     (re.compile(r"(.+)\.(dora_scale|alpha|diff)"), {"dora_scale": "dora_scale", "alpha": "alpha", "diff": "diff"}),
     (re.compile(r"(.+)\.((?:hada_(?:w[12]_[ab]|t[12]))|(?:lokr_(?:w[12](?:_[ab])?|t2)))"), {}),
 )
-PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.((?:to|add)_\w+?)_lora\.(up|down)\.weight")
-XLABS = re.compile(r"((?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)_lora([12]?)\.(up|down)\.weight")
+PROCESSOR = re.compile(r"(.+?)(?:\.processor)?\.((?:to|add)_\w+?)_lora\.(up|down|alpha)(?:\.weight)?")
+XLABS = re.compile(
+    r"((?:(?:diffusion_model|transformer)\.)?(?:double|single)_blocks\.\d+)\.processor\.(qkv|proj)_lora([12]?)\.(up|down)\.weight"
+)
 XLABS_LAYERS = {
     ("qkv", "1"): "img_attn.qkv",
     ("qkv", "2"): "txt_attn.qkv",
@@ -58,32 +60,33 @@ XLABS_LAYERS = {
 
 
 def find(file: str | os.PathLike[str]) -> Path:
-    """The file that a user means: a path, a folder of diffusers' or PEFT's, or a name in CALOTYPE_HOME/loras.
+    """The file that a user means: a path, a folder of diffusers' or PEFT's, or a name in CALOTYPE_HOME/loras, or in a
+    folder there.
 
     Raises SourceNotFound.
     """
     path = Path(file).expanduser()
-    if path.is_dir():
-        inside = (path / f"{stem}{ending}" for stem in UNTOLD for ending in (".safetensors", ".bin"))
-        found = next((one for one in inside if one.is_file()), None)
-        if found is None:
-            wanted = " or ".join(f"{stem}.safetensors" for stem in UNTOLD)
-            raise SourceNotFound(f"{path}: a folder without {wanted}; give a LoRA's file")
-        return found
     if path.is_file():
         return path
     shelf = Path(os.environ.get("CALOTYPE_HOME") or "~/.cache/calotype").expanduser() / "loras"
-    if path.name == str(path):
-        kept = (shelf / f"{path}{ending}" for ending in ("", *ENDINGS))
-        found = next((one for one in kept if one.is_file()), None)
-        if found is not None:
-            return found
+    inside = (path / f"{stem}{ending}" for stem in UNTOLD for ending in (".safetensors", ".bin"))
+    kept = (shelf / f"{path}{ending}" for ending in ("", *ENDINGS))
+    below = path.parts and not path.is_absolute() and ".." not in path.parts
+    found = next((one for one in (*inside, *(kept if below else ())) if one.is_file()), None)
+    if found is not None:
+        return found
+    if path.is_dir():
+        wanted = " or ".join(f"{stem}.safetensors" for stem in UNTOLD)
+        raise SourceNotFound(f"{path}: a folder without {wanted}; give a LoRA's file")
     raise SourceNotFound(f"{file}: no such file, and none of that name in {shelf}")
 
 
 @dataclass(frozen=True)
 class Group:
-    """All tensors of a file for one layer: their keys by what they are. `leading`: only the layer's first rows."""
+    """All tensors of a file for one layer: their keys by what they are.
+
+    `leading`: only of the layer's first rows, those of q, k and v.
+    """
 
     name: str
     keys: Mapping[str, str]
@@ -125,7 +128,7 @@ def _named(key: str) -> tuple[str, str, bool] | None:
     if match := XLABS.fullmatch(key):
         block, what, stream, field = match.groups()
         layer = XLABS_LAYERS.get((what, stream))
-        if layer is not None and (stream != "") == block.startswith("double"):
+        if layer is not None and (stream != "") == ("double" in block):
             return f"{block}.{layer}", field, layer == "linear1"
     if match := PROCESSOR.fullmatch(key):
         place, what, field = match.groups()
@@ -144,7 +147,7 @@ class Reader:
     def __init__(self, weights: Weights) -> None:
         self.weights = weights
         self.groups, self.rest = groups(weights)
-        self._settings = _settings(weights)
+        self._settings = settings(weights)
 
     def change(self, group: Group, shape: Shape) -> Change:
         """The change that a group is of a weight of this shape. Its tensors are read, not mapped.
@@ -153,6 +156,9 @@ class Reader:
         WrongShape for matrices that make no weight of this shape.
         """
         made = self._inner(group, shape)
+        if {"magnitude", "dora_scale"} <= set(group.keys):
+            twice = f"{group.keys['magnitude']!r} and {group.keys['dora_scale']!r}"
+            raise DamagedFile(f"{self.weights.source}: {twice} both say the lengths of one layer's rows")
         if "magnitude" in group.keys:
             return Decomposed(
                 shape=made.shape, factor=1.0, inner=made, magnitude=self._by_row(group, "magnitude", shape)
@@ -272,18 +278,12 @@ class Reader:
         return self._by_row(group, "dora_scale", shape)
 
     def _factor(self, group: Group, rank: int) -> float:
-        """alpha / rank; 1 where the file says nothing of alpha, or there is no rank."""
-        alpha: float | None = None
-        by_root = False
-        if "alpha" in group.keys:
-            if math.prod(self._shape(group, "alpha")) != 1:
-                raise WrongShape(f"{self.weights.source}: {group.keys['alpha']!r} is not one number")
-            alpha = float(self._read(group, "alpha").reshape(()))
-        elif self._settings is not None:
-            alpha, by_root = self._settings.alpha(group.name)
-        if alpha is None or not rank:
-            return 1.0
-        return alpha / (math.sqrt(rank) if by_root else rank)
+        """alpha / rank; 1 where the file says nothing of alpha, or there is no rank. `rank` is 0 for whole matrices."""
+        if "alpha" not in group.keys:
+            return self._settings.factor(group.name, rank)
+        if math.prod(self._shape(group, "alpha")) != 1:
+            raise WrongShape(f"{self.weights.source}: {group.keys['alpha']!r} is not one number")
+        return float(self._read(group, "alpha").reshape(())) / rank if rank else 1.0
 
     def _bounded(self, rank: int) -> bool:
         return 1 <= rank <= MAX_RANK
@@ -313,6 +313,35 @@ class Reader:
             )
 
 
+def sides(group: Group, weights: Weights) -> tuple[int, int] | None:
+    """How many rows and columns a group's matrices make, from shapes alone; None where they do not show it.
+
+    A convolution's columns are its inputs, or these times its kernel.
+    """
+
+    def side(field: str, axis: int) -> int:
+        return weights[group.keys[field]].shape[axis]
+
+    core = int(any(field in group.keys for field in ("hada_t1", "lokr_t2")))
+    try:
+        match group.kind.removesuffix("+dora"):
+            case "lora":
+                return side("up", 0), side("down", 1)
+            case "full":
+                return side("diff", 0), side("diff", 1)
+            case "loha":
+                return side("hada_w1_a", core), side("hada_w1_b", 1)
+            case _:
+                rows, columns = 1, 1
+                for whole in ("lokr_w1", "lokr_w2"):
+                    above, beside = (whole, whole) if whole in group.keys else (f"{whole}_a", f"{whole}_b")
+                    rows *= side(above, core if above == "lokr_w2_a" else 0)
+                    columns *= side(beside, 1)
+                return rows, columns
+    except (KeyError, IndexError):
+        return None
+
+
 def same_kernel(given: Shape, wanted: Shape) -> bool:
     """Whether a weight's shape is the wanted one: a layer may be written as a convolution of size 1, and the other way
     round.
@@ -322,65 +351,6 @@ def same_kernel(given: Shape, wanted: Shape) -> bool:
         return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
 
     return bare(given) == bare(wanted)
-
-
-class _Settings:
-    """What PEFT keeps beside its matrices: alphas by module, and whether they are divided by the root of the rank."""
-
-    def __init__(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        self._configs = configs
-
-    def alpha(self, name: str) -> tuple[float | None, bool]:
-        """The alpha of a layer, None where nothing is said of it; and whether it is divided by a root."""
-        for prefix, config in self._configs.items():
-            if prefix and not name.startswith(prefix + "."):
-                continue
-            pattern = config.get("alpha_pattern")
-            inner = name.removeprefix(prefix + ".").removeprefix(PEFT)
-            named = (own for key, own in pattern.items() if _names(key, inner)) if isinstance(pattern, dict) else ()
-            value = next(iter(named), config.get("lora_alpha"))
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                return float(value), bool(config.get("use_rslora", False))
-        return None, False
-
-
-def _names(pattern: str, module: str) -> bool:
-    """Whether one of PEFT's patterns means a module: by its end, or all of it after "^". The first that does counts.
-
-    They may be any regular expressions there; those that are written are names, and no file's expression is run here.
-    """
-    if pattern.startswith("^"):
-        return module == pattern[1:]
-    return module == pattern or module.endswith("." + pattern)
-
-
-def _settings(weights: Weights) -> _Settings | None:
-    """diffusers keeps PEFT's configuration in the header, by component; PEFT in a file beside."""
-    config = _object(weights.metadata.get("lora_adapter_metadata"))
-    if config:
-        configs: dict[str, dict[str, Any]] = {}
-        for key, value in config.items():
-            prefix, _, field = key.rpartition(".")
-            configs.setdefault(prefix, {})[field] = value
-        return _Settings(configs)
-    file = weights.files[0] if weights.files else Path()
-    beside = file.with_name("adapter_config.json")
-    if file.stem == "adapter_model" and beside.is_file() and beside.stat().st_size <= MAX_JSON:
-        config = _object(beside.read_text(errors="replace"))
-        if config.get("fan_in_fan_out"):
-            raise LoadError(f"{beside}: fan_in_fan_out is not supported: no layer here is written so")
-        return _Settings({"": config})
-    return None
-
-
-def _object(text: str | None) -> dict[str, Any]:
-    if not text or len(text) > MAX_JSON:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}  # pyright: ignore[reportUnknownVariableType]
 
 
 @dataclass(frozen=True)
@@ -421,7 +391,7 @@ def _words(metadata: Mapping[str, str]) -> tuple[str, ...]:
         if metadata.get(key, "").strip():
             return (metadata[key].strip()[:200],)
     counts: Counter[str] = Counter()
-    for tags in _object(metadata.get("ss_tag_frequency")).values():
+    for tags in json_object(metadata.get("ss_tag_frequency")).values():
         for tag, count in tags.items() if isinstance(tags, dict) else ():
             if isinstance(tag, str) and isinstance(count, int):
                 counts[tag.strip()[:80]] += count

@@ -12,7 +12,8 @@ from torch import Tensor
 from calotype.checkpoint.embeddings import embedding_keys, read_embedding
 from calotype.checkpoint.files import Shape, Weights
 from calotype.checkpoint.known import attachment
-from calotype.errors import DamagedFile, LoadError
+from calotype.errors import DamagedFile, LoadError, UnsupportedModel
+from calotype.loading import describe
 from calotype.text.clip import VIT_L, ClipEncoder
 from calotype.text.clip_prompts import encode
 from calotype.text.tokenizers import PromptTokenizer
@@ -59,6 +60,24 @@ def test_a_pickles_flattened_keys_are_known() -> None:
     attached = attachment(shapes)
     assert attached is not None
     assert attached.kind == "embedding"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "family"),
+    [
+        ({"clip_l": (2, 768), "clip_g": (2, 1280), "t5xxl": (2, 4096)}, "sd3"),
+        ({"clip_l": (2, 768), "t5": (2, 4096)}, None),
+        ({"<cat-toy>": (4096,)}, None),
+    ],
+)
+def test_vectors_for_t5_are_known_and_refused(shapes: dict[str, Shape], family: str | None, tmp_path: Path) -> None:
+    weights = written(tmp_path, {key: torch.ones(shape) for key, shape in shapes.items()})
+    attached = attachment(weights.shapes)
+    assert attached is not None
+    assert (attached.kind, attached.family) == ("embedding", family)
+    assert describe(weights.files[0]).note.startswith("with vectors for T5")
+    with pytest.raises(UnsupportedModel, match=r"with vectors for T5 \('(t5xxl|t5|<cat-toy>)'\)"):
+        read_embedding(weights)
 
 
 OTHERS: dict[str, dict[str, Shape]] = {

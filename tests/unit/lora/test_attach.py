@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 import calotype
@@ -247,6 +248,36 @@ def test_a_request_s_loras_are_there_for_it_alone(folder: Path) -> None:
         picture(model, loras=[calotype.Lora(ink), calotype.Lora(ink)])
 
 
+def test_a_picture_tells_what_was_attached(folder: Path, tmp_path: Path) -> None:
+    model = calotype.load(folder / "model", device="cpu")
+    ink, wash = str(folder / "ink.safetensors"), str(folder / "wash.safetensors")
+    model.attach(ink, 2, name="black")
+    model.attach(wash, 0)  # without effect
+    drawn = model.generate("a red fox", loras=[calotype.Lora(ink, 0.5)], **FIELDS)
+    assert isinstance(drawn, Image.Image)
+    calotype.save(drawn, tmp_path / "fox.png")
+    request, record = calotype.read_metadata(tmp_path / "fox.png")
+    assert record["attached"] == [{"name": "black", "file": ink, "scale": 2.0}]
+    assert request.loras == (calotype.Lora(ink, 2.5),)
+    for name in ("black", "wash"):
+        model.detach(name)
+    again = np.asarray(model.generate(request)).astype(int)
+    assert np.abs(again - np.asarray(drawn)).max() <= 1  # added up in another order
+    plain = model.generate("a red fox", **FIELDS)
+    assert isinstance(plain, Image.Image)
+    assert "attached" not in plain.info["calotype"]
+
+
+def test_a_request_s_file_that_was_written_anew_is_read_anew(folder: Path, tmp_path: Path) -> None:
+    model = calotype.load(folder / "model", device="cpu")
+    file = tmp_path / "style.safetensors"
+    for name in ("ink", "line"):
+        file.write_bytes((folder / f"{name}.safetensors").read_bytes())
+        drawn = picture(model, loras=[calotype.Lora(file)])
+        assert np.array_equal(drawn, picture(model, loras=[calotype.Lora(folder / f"{name}.safetensors")]))
+        assert np.array_equal(drawn, picture(model, loras=[calotype.Lora(file)]))
+
+
 def test_what_cannot_be_changes_nothing(folder: Path, tmp_path: Path, model: Model[Any]) -> None:
     before = answers(model)
     unet = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -263,11 +294,26 @@ def test_what_cannot_be_changes_nothing(folder: Path, tmp_path: Path, model: Mod
             f"{BLOCK}.attn.to_q.lora_B.weight": torch.ones(3072, 2),
         },
     )
-    with pytest.raises(WrongShape, match="other sizes"):
+    with pytest.raises(WrongShape, match=r"other sizes, or damaged$"):
         model.attach(wide)
+    for layer, title in (("attn.to_q", "Stable Diffusion 3"), ("attn.to_x", "")):
+        state = {
+            f"{BLOCK}.{layer}.lora_A.weight": torch.ones(2, 1536),
+            f"{BLOCK}.{layer}.lora_B.weight": torch.ones(1536, 2),
+        }
+        with pytest.raises(
+            WrongShape if title else UnexpectedKeys, match=f"fits {title}" if title else "calotype info"
+        ):
+            model.attach(tiny.save(tmp_path / "large.safetensors", state))
     for scale in (float("nan"), 101, "strong"):
         with pytest.raises(RequestError, match="scale"):
             model.attach(folder / "ink.safetensors", scale)
+    for name in ("", " ", "\0x", "a\nb", 5):
+        with pytest.raises(RequestError, match="text that can be read"):
+            model.attach(folder / "ink.safetensors", name=name)  # pyright: ignore[reportArgumentType]
+    assert model.attach(folder / "ink.safetensors", np.float32(0.5)) == "ink"  # pyright: ignore[reportArgumentType]
+    assert type(model.attached["ink"]) is float
+    model.detach("ink")
     assert model.attach(folder / "ink.safetensors", 0) == "ink"
     assert model.attach(folder / "ink.safetensors", 0) == "ink-2"
     with pytest.raises(RequestError, match="a name other than"):

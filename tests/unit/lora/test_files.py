@@ -36,6 +36,7 @@ from calotype.families.sd1.keys import UNET as SD1
 from calotype.families.sd3.config import Sd3Config
 from calotype.families.sd3.keys import TRANSFORMER as SD3
 from calotype.families.sdxl.keys import UNET as SDXL
+from calotype.loading import describe
 from calotype.lora import layers
 from calotype.lora.attach import Adapter, read
 from calotype.lora.files import find, groups, summary
@@ -212,6 +213,8 @@ def old_diffusers(draw: Draw) -> tuple[State, Expected]:
     state = {
         f"unet.{block}.attn1.processor.to_out_lora.up.weight": a,
         f"unet.{block}.attn1.processor.to_out_lora.down.weight": b,
+        f"unet.{block}.attn1.processor.to_out_lora.alpha": torch.tensor(1.5),
+        f"unet.{block}.attn2.to_q.lora.alpha": torch.tensor(6.0),
         f"unet.{block}.attn2.to_q.lora.up.weight": 2 * a,
         f"unet.{block}.attn2.to_q.lora.down.weight": b,
         f"{text}.v_proj.lora_linear_layer.up.weight": e,
@@ -221,8 +224,8 @@ def old_diffusers(draw: Draw) -> tuple[State, Expected]:
     }
     ours = "unet.down.0.transformers.0.blocks.0"
     return state, {
-        f"{ours}.self_attention.out": (0, a @ b),
-        f"{ours}.cross_attention.q": (0, 2 * a @ b),
+        f"{ours}.self_attention.out": (0, 0.5 * a @ b),
+        f"{ours}.cross_attention.q": (0, 4 * a @ b),
         "clip_l.layers.0.v": (0, e @ f),
         "clip_l.layers.0.attention_out": (0, -e @ f),
     }
@@ -298,6 +301,55 @@ def flux_xlabs(draw: Draw) -> tuple[State, Expected]:
         "transformer.single.0.inward": (0, 2 * a @ b),
         "transformer.single.0.outward": (0, e @ f),
     }
+
+
+def flux_xlabs_prefixed(draw: Draw) -> tuple[State, Expected]:
+    state, wanted = flux_xlabs(draw)
+    return {f"diffusion_model.{key}": tensor for key, tensor in state.items()}, wanted
+
+
+def one_trainer_pieces(draw: Draw) -> tuple[State, Expected]:
+    """Layers that are fused in the original layout, each as its pieces."""
+    (a, b), (c, d), (e, f) = draw.pair(256, 256), draw.pair(512, 256), draw.pair(512, 256)
+    state = {
+        **kohya("transformer.double_blocks.0.img_attn.qkv.0", a, b, alpha=3.0),
+        **kohya("transformer.double_blocks.1.txt_attn.qkv.2", a, -b, alpha=3.0),
+        **kohya("transformer.single_blocks.0.linear1.1", 2 * a, b, alpha=3.0),
+        **kohya("transformer.single_blocks.1.linear1.3", c, d, alpha=3.0),
+        **kohya("transformer.double_blocks.0.img_mlp.0", e, f, alpha=3.0),  # a layer of a sequence, and no piece
+    }
+    return state, {
+        "transformer.joint.0.image.qkv": (0, a @ b),
+        "transformer.joint.1.text.qkv": (512, -a @ b),
+        "transformer.single.0.inward": (256, 2 * a @ b),
+        "transformer.single.1.inward": (768, c @ d),
+        "transformer.joint.0.image.mlp_in": (0, e @ f),
+    }
+
+
+def comfyui_encoders(draw: Draw) -> tuple[State, Expected]:
+    a, b = draw.pair(64, 64)
+    c, d = draw.pair(48, 48)
+    state = {
+        **peft("clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj", a, b),
+        **peft("t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.v", c, d),
+    }
+    return state, {"clip_l.layers.0.q": (0, a @ b), "t5.layers.0.v": (0, c @ d)}
+
+
+def peft_named(draw: Draw) -> tuple[State, Expected]:
+    """An encoder alone in PEFT's folder, with an adapter's name between."""
+    a, b = draw.pair(64, 64)
+    clip = model("sd1")[1].network.get_parameter("layers.0.q.weight")
+    lengths = draw(64).abs()
+    layer = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
+    state = {
+        f"{layer}.lora_A.my-style.weight": b,
+        f"{layer}.lora_B.my-style.weight": a,
+        f"{layer}.lora_magnitude_vector.my-style.weight": lengths,
+    }
+    whole = clip + a @ b
+    return state, {"clip_l.layers.0.q": (0, lengths[:, None] * whole / whole.norm(dim=1, keepdim=True) - clip)}
 
 
 def one_trainer(draw: Draw) -> tuple[State, Expected]:
@@ -441,7 +493,11 @@ SPELLINGS: dict[str, tuple[str, Callable[[Draw], tuple[State, Expected]]]] = {
     "kohya, FLUX.1": ("flux", flux_kohya),
     "Black Forest Labs": ("flux", flux_bfl),
     "XLabs": ("flux", flux_xlabs),
+    "XLabs, prefixed": ("flux", flux_xlabs_prefixed),
     "OneTrainer": ("flux", one_trainer),
+    "OneTrainer, pieces": ("flux", one_trainer_pieces),
+    "ComfyUI's encoders": ("flux", comfyui_encoders),
+    "PEFT, an encoder alone": ("sd1", peft_named),
     "Stable Diffusion 3": ("sd3", sd3),
     "Hunyuan-DiT": ("hunyuan_dit", hunyuan),
     "LoHa": ("sd1", loha),
@@ -475,7 +531,9 @@ def test_an_sdxl_file_on_kolors_leaves_its_text_encoders_out(tmp_path: Path) -> 
         ({"lora_alpha": 6, "r": 3, "alpha_pattern": {"attn.to_k": 1.5}}, 0.5),
         ({"lora_alpha": 6, "alpha_pattern": {"^transformer_blocks.0.attn.to_k": 1.5, "to_k": 3}}, 0.5),  # the first
         ({"lora_alpha": 6, "alpha_pattern": {"^attn.to_k": 1.5}}, 2.0),  # of the whole network: not this one
-        ({"lora_alpha": "six", "alpha_pattern": 3}, 1.0),
+        ({"lora_alpha": 6, "r": 3, "alpha_pattern": {r"transformer_blocks\.0\.attn\.to_k$": 1.5}}, 0.5),
+        ({"alpha": 6, "r": 100, "peft_type": "LOHA"}, 2.0),  # the matrices' own rank
+        ({"lora_alpha": None, "alpha_pattern": None}, 1.0),
     ],
 )
 def test_alphas_that_peft_keeps_beside_are_honoured(config: dict[str, Any], factor: float, tmp_path: Path) -> None:
@@ -488,6 +546,34 @@ def test_alphas_that_peft_keeps_beside_are_honoured(config: dict[str, Any], fact
     bare = {key.removeprefix("transformer."): tensor for key, tensor in state.items()}
     weights = opened(tmp_path, bare, name="adapter_model")
     agree(changed(read(weights, model("flux"), name="ink"), model("flux")), wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "text"),
+    [
+        (
+            {"lora_alpha": 6, "alpha_pattern": {".*blocks.*to_k": 2}},
+            LoadError,
+            "'.*blocks.*to_k' is a regular expression",
+        ),
+        ({"lora_alpha": 6, "rank_pattern": {"to_[kq]": 2}}, LoadError, "is a regular expression"),
+        ({"lora_alpha": "six"}, DamagedFile, "lora_alpha = 'six'"),
+        ({"lora_alpha": 6, "alpha_pattern": {"to_k": [1]}}, DamagedFile, "is not a number"),
+        ({"peft_type": "VERA"}, LoadError, "kind VERA, which is not read"),
+        ({"lora_alpha": 6, "init_lora_weights": "pissa_niter_16"}, LoadError, "begun by pissa"),
+        ({"lora_alpha": 6, "fan_in_fan_out": True}, LoadError, "fan_in_fan_out"),
+    ],
+)
+def test_what_peft_keeps_beside_is_honoured_or_refused(
+    config: dict[str, Any], error: type[LoadError], text: str, tmp_path: Path
+) -> None:
+    state = peft("transformer.transformer_blocks.0.attn.to_k", *Draw().pair(256, 256))
+    told = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    with pytest.raises(error, match=re.escape(text)):
+        read(opened(tmp_path, state, told), model("flux"), name="ink")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(error, match=re.escape(text)):
+        read(opened(tmp_path, state, name="adapter_model"), model("flux"), name="ink")
 
 
 BAD: dict[str, tuple[State, type[LoadError], str]] = {
@@ -544,6 +630,24 @@ BAD: dict[str, tuple[State, type[LoadError], str]] = {
         "no change",
     ),
     "half a LoKr": ({"lora_unet_conv_in.lokr_w1": torch.ones(5, 2)}, DamagedFile, "no LoKr"),
+    "one layer in two spellings": (
+        {
+            **kohya("lora_unet_conv_in", torch.ones(32, 2), torch.ones(2, 4, 3, 3)),
+            **peft("unet.conv_in", torch.ones(32, 2), torch.ones(2, 4, 3, 3)),
+        },
+        DamagedFile,
+        "one layer in two spellings",
+    ),
+    "lengths said twice": (
+        {
+            **kohya("lora_unet_conv_in", torch.ones(32, 2), torch.ones(2, 4, 3, 3)),
+            "lora_unet_conv_in.dora_scale": torch.ones(32, 1),
+            "lora_unet_conv_in.lora_magnitude_vector": torch.ones(32),
+        },
+        DamagedFile,
+        "both say the lengths",
+    ),
+    "no tensors": ({}, LoadError, "no LoRA: none of its 0 tensors is of an adapter; run"),
     "an encoder's unknown layer": (
         {
             **kohya("lora_unet_conv_in", torch.ones(32, 2), torch.ones(2, 4, 3, 3)),
@@ -562,6 +666,84 @@ def test_what_does_not_fit_is_refused(what: str, tmp_path: Path) -> None:
         read(opened(tmp_path, state), model("sd1"), name="ink")
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "te1.text_model.encoder.layers.0.mlp.fc1",
+        "text_encoder.foo.bar",
+        "lora_te_foo",
+        "text_encoder.base_model.model.text_model.encoder.layers.0.mlp.fc1",
+        "lora_te1_text_model_encoder_layers_40_mlp_fc1",
+    ],
+)
+@pytest.mark.parametrize("family", ["sd1", "kolors"])
+def test_an_encoder_s_layer_that_nobody_knows_is_refused(family: str, layer: str, tmp_path: Path) -> None:
+    """Whether the model has such an encoder or not: only what is known to be of another one is left out."""
+    state = {**kohya("lora_unet_conv_in", *Draw().pair(32, 36)), **kohya(layer, *Draw().pair(96, 64))}
+    state["lora_unet_conv_in.lora_down.weight"] = state["lora_unet_conv_in.lora_down.weight"].reshape(3, 4, 3, 3)
+    with pytest.raises(UnexpectedKeys, match=re.escape(layer)):
+        read(opened(tmp_path, state), model(family), name="ink")
+
+
+def test_an_encoder_that_the_model_was_loaded_without_is_left_out(tmp_path: Path) -> None:
+    state, wanted = sd3(Draw())
+    without = tuple(one for one in model("sd3") if one.role != "t5")
+    adapter = read(opened(tmp_path, state), without, name="ink")
+    agree(changed(adapter, without), {key: value for key, value in wanted.items() if not key.startswith("t5")})
+    assert adapter.left_out == ("lora_te3_encoder_block_0_layer_0_SelfAttention_o",)
+
+
+@pytest.mark.parametrize("rows", [256, 700, 1280])
+def test_xlabs_single_blocks_have_q_k_and_v(rows: int, tmp_path: Path) -> None:
+    name = "single_blocks.0.processor.qkv_lora"
+    state = {f"{name}.up.weight": torch.ones(rows, 2), f"{name}.down.weight": torch.ones(2, 256)}
+    with pytest.raises(WrongShape, match=re.escape("(768, 256)")):
+        read(opened(tmp_path, state), model("flux"), name="ink")
+
+
+TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ([f"{TO_Q}.oft_blocks", f"{TO_Q}.alpha"], "OFT or BOFT"),
+        (["base_model.model.blocks.0.attn1.to_q.oft_R.weight"], "OFT or BOFT"),
+        ([f"{TO_Q}.a1.weight", f"{TO_Q}.a2.weight", f"{TO_Q}.b1.weight", f"{TO_Q}.alpha"], "GLoRA"),
+        ([f"{TO_Q}.weight", f"{TO_Q}.on_input"], "(IA)3"),
+        (["unet.conv_in.vera_lambda_b", "unet.conv_in.vera_lambda_d"], "VeRA"),
+        ([f"{TO_Q}.set_weight"], "an adapter with whole weights"),
+        (["bundle_emb.ink.string_to_param.*", "bundle_emb.line.clip_l"], "a LoRA with embeddings bundled"),
+        ([f"{TO_Q}.diff", f"{TO_Q}.diff_b"], "a change of biases"),
+        (
+            ["unet.conv_in.lora_A.weight", "unet.conv_in.lora_B.weight", "unet.conv_in.lora_B.bias"],
+            "a change of biases",
+        ),
+        ([f"{TO_Q}.diff", "lora_unet_down_blocks_0_resnets_0_norm1.diff"], "a change of norms"),
+        (["img_in.lora_A.weight", "double_blocks.0.img_attn.norm.query_norm.scale"], "a control LoRA"),
+    ],
+)
+def test_other_kinds_of_adapters_are_named(keys: list[str], kind: str, tmp_path: Path) -> None:
+    weights = opened(tmp_path, {key: torch.ones(4, 4) for key in keys})
+    with pytest.raises(UnexpectedKeys, match=re.escape(kind)):
+        read(weights, model("sd1"), name="ink")
+    assert fitting(weights) == ()  # what else it holds says nothing
+    told = describe(weights.files[0])
+    assert (told.kind, told.note.startswith(kind)) == ("lora", True)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        flux_xlabs(Draw())[0],
+        flux_xlabs_prefixed(Draw())[0],
+        {"lora_unet_mid_block_resnets_0_conv1.diff": torch.ones(4, 4, 3, 3)},
+    ],
+)
+def test_a_file_is_known_for_what_it_is(state: State, tmp_path: Path) -> None:
+    assert describe(opened(tmp_path, state).files[0]).kind == "lora"
+
+
 FIELDS = ["lora_up.weight", "lora_down.weight", "lora_A.weight", "alpha", "dora_scale", "hada_w1_a", "lokr_w1", "diff"]
 LAYERS = [
     "lora_unet_conv_in",
@@ -571,6 +753,12 @@ LAYERS = [
     "double_blocks.0.processor.qkv_lora1",
     "",
 ]
+
+
+def flux_like(rows: int, columns: int) -> State:
+    """LoKr of a layer that FLUX.1 has, for a weight of such a size."""
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    return {f"{name}.lokr_w1": torch.ones(4, 4), f"{name}.lokr_w2": torch.ones(rows // 4, columns // 4)}
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -600,6 +788,19 @@ def test_random_files_are_refused_or_are_exact_shapes(keys: dict[tuple[str, str]
 @pytest.mark.parametrize(
     ("state", "family"),
     [
+        (flux_like(9216, 3072), "flux"),
+        (
+            {
+                f"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.{name}": torch.ones(shape)
+                for name, shape in {
+                    "hada_w1_a": (640, 2),
+                    "hada_w1_b": (2, 2048),
+                    "hada_w2_a": (640, 2),
+                    "hada_w2_b": (2, 2048),
+                }.items()
+            },
+            "sdxl",
+        ),
         (kohya("lora_unet_double_blocks_0_img_attn_qkv", torch.ones(9216, 2), torch.ones(2, 3072)), "flux"),
         (peft("transformer.transformer_blocks.0.attn.add_q_proj", torch.ones(1536, 2), torch.ones(2, 1536)), "sd3"),
         (peft("blocks.0.attn1.Wqkv", torch.ones(4224, 2), torch.ones(2, 1408)), "hunyuan_dit"),
@@ -623,6 +824,10 @@ def test_the_family_that_a_file_fits_is_named(state: State, family: str, tmp_pat
     assert family in fitting(opened(tmp_path, state))
 
 
+def test_a_file_of_other_widths_fits_no_family(tmp_path: Path) -> None:
+    assert fitting(opened(tmp_path, flux_like(9216, 1536))) == ()
+
+
 def test_a_file_tells_of_itself(tmp_path: Path) -> None:
     state, _ = sd1_kohya(Draw())
     told = summary(opened(tmp_path, state, {"ss_tag_frequency": json.dumps({"x": {"ink": 9, "line": 2}})}))
@@ -641,6 +846,12 @@ def test_files_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert find("ink") == find("ink.safetensors") == shelf
     assert find(shelf) == shelf
     assert find(tmp_path / "trained") == inside
-    for wrong in ("../loras/ink", "line", tmp_path / "loras"):
+    below = tiny.save(tmp_path / "loras" / "style" / "line.safetensors", state)
+    assert find("style/line") == find("style/line.safetensors") == below
+    for wrong in ("../loras/ink", "style/../ink", "line", "", tmp_path / "loras", "/loras/ink"):
         with pytest.raises(SourceNotFound):
             find(wrong)
+    # A folder where one works says nothing of the shelf's file.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ink").mkdir()
+    assert find("ink") == shelf

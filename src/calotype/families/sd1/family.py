@@ -169,6 +169,7 @@ FAMILY = Family(
             parts=(CLIP,),
             folder="text_encoder",
             tokenizer="tokenizer",
+            inverted=True,
             fits=lambda config: config.width <= VIT_L.width,
             where="the folder text_encoder/ of a diffusers model, or clip_l.safetensors",
         ),
