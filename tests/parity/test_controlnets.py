@@ -25,10 +25,13 @@ from tiny_unets import sd1, sdxl, unet
 
 import calotype
 from calotype.checkpoint.controlnets import CONTROLNET
+from calotype.control.hints import Hint
 from calotype.errors import RequestError, WrongShape
+from calotype.families.unets import UNetModel, together
 from calotype.image import to_tensor
 from calotype.nn.controlnet import ControlNet
-from calotype.request import Control, HighRes
+from calotype.nn.unet import UNet
+from calotype.request import Control, HighRes, Region
 
 HINTS = (8, 12, 16, 24)
 
@@ -117,6 +120,41 @@ def test_sd1_with_one_and_two(tmp_path: Path) -> None:
     assert_same(ours(tmp_path / "sd1", [control(tmp_path / "a", 1)], cfg_scale=1.0), reference)
 
 
+@pytest.mark.parametrize("how", ["a setting", "a name"])
+def test_one_for_shuffled_pictures(how: str, tmp_path: Path) -> None:
+    """Its additions' means are added, and to the positive side alone."""
+    heads: dict[str, Any] = {"attention_head_dim": 8, "block_out_channels": (64, 64, 64)}
+    parts = sd1(tmp_path / "sd1", **heads).components
+    net = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=HINTS)
+    net.register_to_config(global_pool_conditions=True)
+    made(net, 7, tmp_path / "a")
+    source = tmp_path / "a"
+    if how == "a name":  # as its authors publish it, with nothing else that tells
+        source = as_published(tmp_path / "a", tmp_path / "control_v11e_sd15_Shuffle.pth")
+    pipeline = StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
+    reference = theirs(pipeline, {"image": picture(1)}, controlnet_conditioning_scale=0.7)
+    led = [control(source, 1, scale=0.7)]
+    for memory in ("resident", "stream"):
+        assert_same(ours(tmp_path / "sd1", led, memory), reference)
+    plain = ours(tmp_path / "sd1", [])
+    with pytest.raises(AssertionError):
+        assert_same(plain, reference)
+    region = Region(prompt=PROMPT, mask=Image.new("L", (8, 8), 255))
+    assert_same(ours(tmp_path / "sd1", led, regions=[region]), reference)
+    assert_same(ours(tmp_path / "sd1", led, tiled=True, tile_size=96), reference)
+    reference = theirs(pipeline, {"image": picture(1)}, guidance_scale=1.0)
+    assert_same(ours(tmp_path / "sd1", [control(source, 1)], cfg_scale=1.0), reference)
+
+
+def as_published(folder: Path, file: Path) -> Path:
+    """A ControlNet for Stable Diffusion 1.x that diffusers saved, under its authors' names."""
+    mine, layout = opened(folder), CONTROLNET.layout("original")
+    assert layout is not None
+    _, binding = CONTROLNET.bind(layout, mine.settings)
+    torch.save(dict(binding.save(mine.state_dict())), file)
+    return file
+
+
 @pytest.mark.parametrize("memory", ["auto", "resident"])
 def test_its_weights_are_views_of_its_file_where_the_models_are(memory: str, tmp_path: Path) -> None:
     sd1(tmp_path / "sd1")
@@ -185,18 +223,73 @@ def test_smaller_ones_of_sdxl(size: str, tmp_path: Path) -> None:
     assert_same(ours(tmp_path / "sdxl", [control(tmp_path / "a", 1, scale=0.6)]), reference)
 
 
-@pytest.mark.parametrize(("kind", "number"), [("none:depth", 1), ("none:canny", 3), ("none:tile", 6)])
-def test_union(kind: str, number: int, tmp_path: Path) -> None:
+KINDS = ("openpose", "depth", "softedge", "canny", "normal", "segment", "tile", "inpaint")
+
+
+def test_union(tmp_path: Path) -> None:
     parts = sdxl(tmp_path / "sdxl").components
     pipeline = StableDiffusionXLControlNetUnionPipeline(
         **parts, controlnet=union(tmp_path / "u"), add_watermarker=False
     )
-    reference = theirs(
-        pipeline, {"control_image": [picture(1)], "control_mode": [number]}, controlnet_conditioning_scale=0.6
-    )
-    assert_same(ours(tmp_path / "sdxl", [control(tmp_path / "u", 1, kind, scale=0.6)]), reference)
+    for number, kind in enumerate(KINDS):
+        images = {"control_image": [picture(1)], "control_mode": [number]}
+        reference = theirs(pipeline, images, controlnet_conditioning_scale=0.6, num_inference_steps=3)
+        assert_same(
+            ours(tmp_path / "sdxl", [control(tmp_path / "u", 1, f"none:{kind}", scale=0.6)], steps=3), reference
+        )
     with pytest.raises(RequestError, match="a union ControlNet must be told"):
         ours(tmp_path / "sdxl", [control(tmp_path / "u", 1)])
+
+
+def test_a_union_sees_several_pictures_in_one_pass(tmp_path: Path) -> None:
+    """Each weighed before the network; in the steps of one alone, as if it were the only one."""
+    parts = sdxl(tmp_path / "sdxl").components
+    net = union(tmp_path / "u")
+    pipeline = StableDiffusionXLControlNetUnionPipeline(**parts, controlnet=net, add_watermarker=False)
+    images = {"control_image": [picture(1), picture(2)], "control_mode": [1, 3]}
+    reference = theirs(pipeline, images, controlnet_conditioning_scale=[0.6, 0.9])
+    one, two = (
+        control(tmp_path / "u", k, kind, scale=scale)
+        for k, kind, scale in ((1, "none:depth", 0.6), (2, "none:canny", 0.9))
+    )
+    for memory in ("resident", "stream"):
+        assert_same(ours(tmp_path / "sdxl", [one, two], memory), reference)
+    for never in (replace(two, scale=0), replace(two, start=0.99)):
+        assert_same(ours(tmp_path / "sdxl", [one, never]), ours(tmp_path / "sdxl", [one]))
+    halves = [replace(one, end=0.5), replace(two, start=0.5)]
+    with pytest.raises(AssertionError):
+        assert_same(ours(tmp_path / "sdxl", halves), reference)
+
+
+def test_what_a_union_makes_of_several_pictures_is_summed_up_before_it(tmp_path: Path) -> None:
+    """In steps that are both's; in those of one alone, its answer is weighed."""
+    sdxl(tmp_path / "sdxl")
+    union(tmp_path / "u")
+    model = calotype.load(tmp_path / "sdxl", device="cpu")
+    network, family = model.load_control(tmp_path / "u"), model.family
+    assert isinstance(network, ControlNet)
+    assert isinstance(family, UNetModel)
+    assert isinstance(family.unet, UNet)
+    one, two = (
+        Hint(network=network, picture=to_tensor(picture(k))[None], scale=scale, start=start, end=end, kind=kind)
+        for k, scale, start, end, kind in ((1, 0.6, 0.0, 0.5, 1), (2, 0.9, 0.25, 1.0, 3))
+    )
+    assert together([one, two]) == [(one, two)]
+    job = calotype.Request(prompt=PROMPT, steps=4, **SIZE).complete(family.defaults, 1, {})
+    x = torch.randn(1, 4, 8, 12, generator=torch.Generator().manual_seed(1))
+    times = torch.tensor([801.0, 601.0, 401.0, 201.0])
+    with torch.inference_mode():
+        words = family.condition(PROMPT, job, negative=False)
+        found = family._additions(words, times, [one, two])
+        for step, leading in enumerate(([one], [one, two], [two], [two])):
+            kinds = [hint.kind for hint in leading if hint.kind is not None]
+            scales = [hint.scale if len(leading) > 1 else 1.0 for hint in leading]
+            own = network.prepare_hinted(words.texts, words.vector, times, kinds, None)
+            seen = [network.embed(hint.picture, hint.kind, scale) for hint, scale in zip(leading, scales, strict=True)]
+            made = network(x, *own.at(step), torch.stack(seen).sum(dim=0))
+            after = 1.0 if len(leading) > 1 else leading[0].scale
+            for got, wanted in zip(found(x, step)[0], made, strict=True):
+                torch.testing.assert_close(got, after * wanted)
 
 
 def test_kolors_own_residuals_with_their_projection_of_text(tmp_path: Path) -> None:
@@ -225,7 +318,7 @@ def test_kolors_own_residuals_with_their_projection_of_text(tmp_path: Path) -> N
         from calotype.nn.embeddings import sinusoid
 
         vector = torch.cat([pooled, sinusoid(sizes, 8).flatten(1)], dim=1)
-        prepared = mine.prepare_hinted([text], vector, torch.tensor([401.0]), None, None)
+        prepared = mine.prepare_hinted([text], vector, torch.tensor([401.0]), [], None)
         for got, wanted in zip(mine(x, *prepared.at(0), mine.embed(hint, None)), [*down, middle], strict=True):
             assert_near(got, wanted)
 
