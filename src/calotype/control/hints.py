@@ -44,6 +44,11 @@ def without_masked(network: Leader, picture: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask > 0.5, network.blank, picture)
 
 
+def shown(kind: str) -> str:
+    """What a picture of a kind shows: of canny and of none:canny, canny."""
+    return kind.removeprefix("none:")
+
+
 def kind_of(network: Leader, kind: str, field: str) -> int | None:
     """The number under which a union knows a kind ("canny", or "none:canny" for a ready picture); None for the others.
 
@@ -51,7 +56,7 @@ def kind_of(network: Leader, kind: str, field: str) -> int | None:
     """
     if not network.count:
         return None
-    name, known = kind.removeprefix("none:"), network.kinds
+    name, known = shown(kind), network.kinds
     if name not in known:
         allowed = f"one of {', '.join(known)}, or none:KIND for a ready picture: a union ControlNet must be told"
         raise RequestError(field, kind, allowed)

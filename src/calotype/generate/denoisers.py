@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from calotype.control.hints import INPAINT, Hint, without_masked
+from calotype.control.hints import INPAINT, Hint, shown, without_masked
 from calotype.families.model import FamilyModel
 from calotype.generate.stages import Part, Stage
 from calotype.image import mask_tensor, to_tensor
@@ -35,7 +35,7 @@ def seen_by(model: FamilyModel[C], stage: Stage[C], begun: Image.Image | None) -
             assert mask is not None
             picture = without_masked(led.network, picture, mask)
         with model.memory.holding(model.vae) if led.network.sees != "picture" else nullcontext():
-            seen.append(model.seen_by(led.network, picture, mask))
+            seen.append(model.seen_by(led.network, picture, mask, shown(led.control.kind)))
     return tuple(seen)
 
 
