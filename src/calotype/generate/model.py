@@ -93,7 +93,7 @@ class Model(Generic[C]):
         able(self.family).detach(name)
 
     def load_control(self, source: str | os.PathLike[str]) -> Leader:
-        """The ControlNet that a file, folder or hub id holds, loaded once, where and as this model is.
+        """The ControlNet that a file, folder, hub id or file on the hub holds, loaded once, where and as this model is.
 
         Raises a LoadError: WrongShape, which names the families that it fits, where this model's is not among them.
         """

@@ -16,12 +16,12 @@ from calotype.families import FAMILIES
 from calotype.families.family import Family
 from calotype.families.model import FamilyModel
 from calotype.loading.attached import attached
-from calotype.loading.gather import locate
+from calotype.loading.gather import locate_part
 from calotype.nn.leader import Leader
 
 
 def load_control(source: str, model: FamilyModel[Any], dtype: torch.dtype | None) -> Leader:
-    """The ControlNet at a path, or on the hub, for a model; `dtype` None keeps what it is stored in.
+    """The ControlNet at a path or on the hub, for a model; `dtype` None keeps what it is stored in.
 
     Raises WrongShape, naming the families that it fits, where it was trained for another; RequestError where the model
     is of a family without ControlNets, or runs with OpenVINO.
@@ -45,7 +45,7 @@ def load_control(source: str, model: FamilyModel[Any], dtype: torch.dtype | None
 
 
 def _found(source: str) -> Found[Any]:
-    opened = open_source(locate(source), source)
+    opened = open_source(locate_part(source), source)
     if len(opened.groups) != 1:
         raise LoadError(f"{source}: {len(opened.groups)} files of tensors; name the one that is the ControlNet")
     group = opened.groups[0]

@@ -116,7 +116,7 @@ class Control(Part):
     kind        the annotator that draws what the network sees ("canny", "depth", ...), or "none" where the picture is
                 ready; for a union ControlNet, which must be told what it sees, "none:canny" and the like.
                 "inpaint" takes away of a ready picture what the request's mask_image says to draw
-    model       the ControlNet: a file, a folder or a hub id, as `Model.load_control` takes it
+    model       the ControlNet: a file, a folder, a hub id, or org/name/path of a file on the hub
     image       the picture, or its path; resized to the job's size. None: the picture that the job, or the pass, begins
                 with
     scale       how much it counts

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
-from strangers import SD1, SDXL, Shapes, controlnet, header_only, unet
+from huggingface_hub.errors import EntryNotFoundError
+from strangers import SD1, SDXL, Shapes, controlnet, controlnet_diffusers, header_only, unet
 
-from calotype.errors import UnknownModel, UnsupportedModel
+from calotype.errors import SourceNotFound, UnknownModel, UnsupportedModel
 from calotype.loading import describe
 from calotype.loading.controls import _found
 
@@ -116,3 +119,36 @@ def test_small_t2i_adapters_are_named(shapes: Shapes, tmp_path: Path) -> None:
 def test_a_whole_one_is_none_of_them(tmp_path: Path) -> None:
     found = _found(str(header_only(tmp_path / "x.safetensors", controlnet())))
     assert found.config().unet.widths == SD1.widths
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("control_v11p_sd15_canny_fp16.safetensors", None),
+        ("sd15/diffusion_pytorch_model.safetensors", {"attention_head_dim": 4}),
+        ("sd15/diffusion_pytorch_model.fp16.safetensors", {"attention_head_dim": 4}),
+        ("diffusion_pytorch_model_promax.safetensors", {"attention_head_dim": 16}),
+    ],
+)
+def test_a_file_of_a_hub_model(
+    file: str, settings: dict[str, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the configuration beside it, where its name says that there is one."""
+    hub = tmp_path / "hub"
+    header_only(hub / file, controlnet() if settings is None else controlnet_diffusers())
+    if settings is not None:
+        (hub / file).with_name("config.json").write_text(json.dumps(settings))
+    fetched: list[str] = []
+
+    def hf_hub_download(name: str, file: str, *, local_files_only: bool) -> str:
+        fetched.append(file)
+        if name != "org/name" or not (hub / file).is_file():
+            raise EntryNotFoundError(file)
+        return str(hub / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    config = _found(f"org/name/{file}").config()
+    assert config.unet.heads == ((settings or {}).get("attention_head_dim", 8),) * 4
+    assert len(fetched) == 1 + (settings is not None)
+    with pytest.raises(SourceNotFound, match="the hub model org/name has no file other.pth"):
+        _found("org/name/other.pth")
