@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
@@ -19,6 +20,8 @@ from calotype.cli.main import main
 from calotype.control.annotators import ANNOTATORS, annotate, annotator
 from calotype.control.annotators.edges import _groups, blurred, canny, lines, soft_edges
 from calotype.errors import RequestError, SourceNotFound
+from calotype.families.flux.controlnet import UNION_KINDS as FLUX_UNION
+from calotype.nn.controlnet import UNION_KINDS as UNET_UNION
 from calotype.request import Size
 
 CLASSICAL = ("canny", "lineart", "softedge", "tile", "blur", "color", "gray", "invert", "none")
@@ -428,3 +431,20 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
     assert Path("photo.png").read_bytes() == before
+
+
+# ---- what the guide says of them
+
+
+def documented(union: str) -> dict[str, int]:
+    """The kinds that the guide's table gives to a union, and the numbers that it does."""
+    guide = Path(__file__).parents[3] / "docs" / "guide" / "annotators.md"
+    rows = [line.split("|") for line in guide.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert {row[1].strip(" `") for row in rows} == set(ANNOTATORS)
+    found = {row[1].strip(" `"): re.search(rf"(?:; |\| ){union} (\d)", "| " + row[3].strip()) for row in rows}
+    return {kind: int(number[1]) for kind, number in found.items() if number is not None}
+
+
+@pytest.mark.parametrize(("union", "kinds"), [("union", UNET_UNION), ("FLUX union", FLUX_UNION)])
+def test_unions_take_the_annotators_that_the_guide_gives_them(union: str, kinds: dict[str, int]) -> None:
+    assert documented(union) == {kind: number for kind, number in kinds.items() if kind in ANNOTATORS}
