@@ -25,6 +25,7 @@ from tiny_unets import sd1, sdxl, unet
 
 import calotype
 from calotype.checkpoint.controlnets import CONTROLNET
+from calotype.control.annotators import ANNOTATORS, annotate
 from calotype.control.hints import Hint
 from calotype.errors import RequestError, WrongShape
 from calotype.families.unets import UNetModel, together
@@ -47,7 +48,7 @@ def controlnet(folder: Path, *, sdxl: bool, seed: int = 7, **more: Any) -> Any: 
     return made(ControlNetModel.from_unet(net, conditioning_embedding_out_channels=HINTS), seed, folder)
 
 
-def union(folder: Path, kinds: int = 8) -> Any:  # noqa: ANN401
+def union(folder: Path, kinds: int = 8, **more: Any) -> Any:  # noqa: ANN401
     chosen: dict[str, Any] = {
         "block_out_channels": (32, 64, 64),
         "layers_per_block": 2,
@@ -61,10 +62,11 @@ def union(folder: Path, kinds: int = 8) -> Any:  # noqa: ANN401
         "projection_class_embeddings_input_dim": 6 * 8 + 40,
         "conditioning_embedding_out_channels": HINTS,
         "num_control_type": kinds,
-        "num_trans_channel": 32,
-        "num_proj_channel": 32,
         "num_trans_head": 8,
+        **more,
     }
+    width = chosen["block_out_channels"][0]
+    chosen |= {"num_trans_channel": width, "num_proj_channel": width}
     return made(ControlNetUnionModel(**chosen), 9, folder)
 
 
@@ -200,6 +202,74 @@ def test_a_pass_at_a_higher_resolution_is_led_by_the_picture_that_is_there(tmp_p
         model.generate(PROMPT, high_res=[{**large, "controls": [{"kind": "cany", "model": str(tmp_path / "a")}]}])
 
 
+def test_what_counts_for_nothing_is_neither_drawn_nor_embedded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sd1(tmp_path / "sd1")
+    controlnet(tmp_path / "a", sdxl=False)
+    plain = ours(tmp_path / "sd1", [], steps=2)
+
+    def never(*given: object) -> None:
+        raise AssertionError(given)
+
+    monkeypatch.setattr(ControlNet, "embed", never)
+    monkeypatch.setattr(ANNOTATORS["canny"], "draw", never)
+    assert_same(ours(tmp_path / "sd1", [control(tmp_path / "a", 1, "canny", scale=0)], steps=2), plain)
+    with pytest.raises(RequestError, match=r"controls\[0\].settings.low: got -1"):
+        ours(tmp_path / "sd1", [control(tmp_path / "a", 1, "canny", scale=0, settings={"low": -1})])
+
+
+def test_a_control_leads_some_step(tmp_path: Path) -> None:
+    """Those that a pass has from the request need not: it has fewer steps."""
+    sd1(tmp_path / "sd1")
+    controlnet(tmp_path / "a", sdxl=False)
+    led = control(tmp_path / "a", 1, start=0.3, end=0.5)
+    with pytest.raises(RequestError, match=r"controls\[0\].end: got 0.5; .*none of 4 steps lies between start 0.3 and"):
+        ours(tmp_path / "sd1", [led], steps=4)
+    larger = HighRes(width=2 * SIZE["width"], height=2 * SIZE["height"], steps=2)
+    ours(tmp_path / "sd1", [led], steps=6, high_res=[larger])
+    with pytest.raises(RequestError, match=r"high_res\[0\].controls\[0\].end.*none of 2 steps"):
+        ours(tmp_path / "sd1", [led], steps=6, high_res=[replace(larger, controls=(led,))])
+
+
+def test_an_annotator_has_the_controls_settings(tmp_path: Path) -> None:
+    """Which are kept with the picture, and checked before its network is loaded."""
+    sd1(tmp_path / "sd1")
+    controlnet(tmp_path / "a", sdxl=False)
+    model = calotype.load(tmp_path / "sd1", device="cpu")
+    led = Control(kind="canny", model=tmp_path / "a", image=picture(1), settings={"low": 10, "high": 20.5, "blur": 1})
+    edges = annotate("canny", picture(1), low=10, high=20.5, blur=1)
+    fields: Any = {"seed": 5, "steps": 2, **SIZE}
+    drawn = model.generate(PROMPT, controls=[led], **fields)
+    assert isinstance(drawn, Image.Image)
+    ready = model.generate(PROMPT, controls=[replace(led, kind="none", image=edges, settings=None)], **fields)
+    usual = model.generate(PROMPT, controls=[replace(led, settings={})], **fields)
+    assert isinstance(ready, Image.Image)
+    assert isinstance(usual, Image.Image)
+    assert ready.tobytes() == drawn.tobytes() != usual.tobytes()
+    picture(1).save(tmp_path / "shown.png")
+    led = replace(led, image=tmp_path / "shown.png")
+    again = model.generate(PROMPT, controls=[led], **fields)
+    assert isinstance(again, Image.Image)
+    calotype.save(again, tmp_path / "drawn.png")
+    request, _ = calotype.read_metadata(tmp_path / "drawn.png")
+    assert request.controls == (replace(led, image=str(tmp_path / "shown.png")),)
+    repeated = model.generate(request)
+    assert isinstance(repeated, Image.Image)
+    assert repeated.tobytes() == drawn.tobytes()
+    large = {"width": 2 * SIZE["width"], "height": 2 * SIZE["height"]}
+    for wrong, said in (
+        ({"kind": "cany"}, "kind: got 'cany'; allowed: one of canny"),
+        ({"settings": {"lov": 3}}, "settings.lov: got 3; allowed: for canny, low, high, blur"),
+        ({"settings": {"kind": "tile"}}, "settings.kind: got 'tile'; allowed: for canny"),
+        ({"settings": {"low": 300}}, "settings.low: got 300; allowed: at most high, 200"),
+        ({"kind": "none"}, "settings: got .*; allowed: None: a picture of the kind none is not drawn"),
+    ):
+        bad = replace(led, model="no such file", **wrong)
+        with pytest.raises(RequestError, match=r"^controls\[0\]." + said):
+            model.generate(PROMPT, controls=[bad])
+        with pytest.raises(RequestError, match=r"^high_res\[0\].controls\[0\]." + said):
+            model.generate(PROMPT, high_res=[{**large, "controls": [bad]}])
+
+
 def test_sdxl(tmp_path: Path) -> None:
     parts = sdxl(tmp_path / "sdxl").components
     pipeline = StableDiffusionXLControlNetPipeline(
@@ -254,8 +324,7 @@ def test_a_union_sees_several_pictures_in_one_pass(tmp_path: Path) -> None:
     )
     for memory in ("resident", "stream"):
         assert_same(ours(tmp_path / "sdxl", [one, two], memory), reference)
-    for never in (replace(two, scale=0), replace(two, start=0.99)):
-        assert_same(ours(tmp_path / "sdxl", [one, never]), ours(tmp_path / "sdxl", [one]))
+    assert_same(ours(tmp_path / "sdxl", [one, replace(two, scale=0)]), ours(tmp_path / "sdxl", [one]))
     halves = [replace(one, end=0.5), replace(two, start=0.5)]
     with pytest.raises(AssertionError):
         assert_same(ours(tmp_path / "sdxl", halves), reference)

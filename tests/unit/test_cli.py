@@ -363,6 +363,7 @@ def test_the_model_is_loaded_as_asked(loader: Loader, capsys: Said) -> None:
         (["--control", "canny=net.pth"], r"controls\[0\].image.*no input_image"),
         (["--control", "canny=net.pth:none.png"], r"controls\[0\].image: got 'none.png'.*No such file"),
         (["--high-res-control", "canny=net.pth"], "high_res_control.*without --high-res"),
+        (["--control", "cany=net.pth:none.png"], r"controls\[0\].kind: got 'cany'; allowed: one of canny, lineart"),
         (["--control", "canny=net.pth:a.png@1@0.5-2"], r"controls\[0\].end: got 2.0"),
     ],
 )

@@ -253,6 +253,10 @@ def _passing(request: Request, option: str, given: str, **values: Any) -> Reques
 
 def _check_files(request: Request) -> None:
     """Not to find out after loading a model that they cannot be read."""
+    if request.all_controls():
+        from calotype.control.annotators import check
+
+        check(request)
     opened(request)
     upscalers = {each.upscaler for each in request.high_res}.difference(UPSCALERS)
     if upscalers:

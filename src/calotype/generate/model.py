@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from PIL import Image
 
 from calotype.checkpoint.files import Weights
+from calotype.control.annotators import check
 from calotype.control.image_prompts import ImageReader
 from calotype.errors import RequestError, UnexpectedKeys
 from calotype.families.model import FamilyModel
@@ -118,8 +119,8 @@ class Model(Generic[C]):
 
     def stream(self, request: Request) -> Events:
         """Progress and pictures as they come; close the iterator to stop early."""
-        controls = [*request.controls, *(control for each in request.high_res for control in each.controls or ())]
-        networks = {control.model: self.load_control(control.model) for control in controls}
+        check(request)
+        networks = {control.source: self.load_control(control.source) for control in request.all_controls().values()}
         readers = {each.networks: self.load_image_prompt(*each.networks) for each in request.image_prompts}
         return stream(self.family, request, cache=self.prompts, networks=networks, readers=readers)
 
