@@ -29,6 +29,10 @@ from calotype.control.annotators import ANNOTATORS, annotate
 from calotype.control.hints import Hint
 from calotype.errors import RequestError, WrongShape
 from calotype.families.unets import UNetModel, together
+from calotype.generate.denoisers import seen_by
+from calotype.generate.prompts import PromptCache
+from calotype.generate.stages import planned
+from calotype.image import opened as pictures_of
 from calotype.image import to_tensor
 from calotype.nn.controlnet import ControlNet
 from calotype.nn.unet import UNet
@@ -309,6 +313,25 @@ def test_union(tmp_path: Path) -> None:
         )
     with pytest.raises(RequestError, match="a union ControlNet must be told"):
         ours(tmp_path / "sdxl", [control(tmp_path / "u", 1)])
+
+
+@pytest.mark.parametrize(("of_union", "blank"), [(True, 0.0), (False, -1.0)])
+def test_what_a_mask_takes_away_for_inpainting(of_union: bool, blank: float, tmp_path: Path) -> None:
+    """It is black to a union, -1 to ControlNet 1.1's: as the pictures that diffusers' pipelines are given for them."""
+    sdxl(tmp_path / "model") if of_union else sd1(tmp_path / "model")
+    union(tmp_path / "net") if of_union else controlnet(tmp_path / "net", sdxl=False)
+    model = calotype.load(tmp_path / "model", device="cpu")
+    box = Image.new("L", (SIZE["width"], SIZE["height"]))
+    box.paste(255, (8, 8, 40, 40))
+    led = Control(kind="inpaint", model=tmp_path / "net", image=picture(1))
+    request = calotype.Request(prompt=PROMPT, **SIZE, steps=2, input_image=picture(3), mask_image=box, controls=(led,))
+    job = request.complete(model.family.defaults, 1, pictures_of(request))
+    network = model.load_control(tmp_path / "net")
+    (stage,) = planned(model.family, job, {led.source: network}, {}, PromptCache())
+    (seen,) = seen_by(model.family, stage, job.input_image)
+    wanted = to_tensor(picture(1))[None].clone()
+    wanted[:, :, 8:40, 8:40] = blank
+    assert torch.equal(seen, wanted)
 
 
 def test_a_union_sees_several_pictures_in_one_pass(tmp_path: Path) -> None:
