@@ -121,7 +121,29 @@ def _opened(given: str | os.PathLike[str] | Image.Image, field: str) -> Image.Im
         option = f"--{OPTIONS.get(part, part)} FILE".replace("_", "-")
         raise RequestError(field, given, f"the picture itself ({option}): this is only the mark by which it is known")
     picture = given if isinstance(given, Image.Image) else open_picture(Path(given), field)
-    return ImageOps.exif_transpose(picture)
+    return _of_eight_bits(ImageOps.exif_transpose(picture), field)
+
+
+def _of_eight_bits(picture: Image.Image, field: str) -> Image.Image:
+    """A grey picture of 16 bits as one of 8, for Pillow would clip it; others as they are.
+
+    RequestError for what has no such range: numbers beyond 16 bits, and floating-point ones.
+    """
+    if picture.mode == "F":
+        raise RequestError(field, "a picture of floating-point numbers (mode F)", "one of 8 or 16 bits: scale it first")
+    if not picture.mode.startswith("I"):
+        return picture
+    import numpy as np
+
+    values = np.asarray(picture)
+    least, most = int(values.min(initial=0)), int(values.max(initial=0))
+    if least < 0 or most > 65535:
+        raise RequestError(field, f"a picture of numbers from {least} to {most}", "numbers from 0 to 65,535")
+    grey = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):  # one grey stands for it
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _unreadable(field: str, path: str | Path, why: str) -> RequestError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from tiny_flux import build, randomised
 
 import calotype
+from calotype.control.hints import Hint
 from calotype.errors import RequestError, WrongShape
+from calotype.families.flux import FluxModel
 from calotype.families.flux.controlnet import FluxControlNet
 from calotype.image import to_tensor
 from calotype.request import Control
@@ -122,6 +125,38 @@ def test_a_union_is_told_what_it_sees(kind: str, number: int, tmp_path: Path) ->
     assert apart(ours(tmp_path / "flux", [control(tmp_path / "union", 1, kind)]), reference) <= 1
     with pytest.raises(RequestError, match="none:KIND"):
         ours(tmp_path / "flux", [control(tmp_path / "union", 1, "none")])
+
+
+def test_with_a_negative_prompt_a_controlnet_reads_what_the_side_reads_that_it_leads(tmp_path: Path) -> None:
+    """Where diffusers lets it read the prompt on both: one that reads nothing gives the same picture."""
+    pipeline = build(tmp_path / "flux", guidance=True)
+    network = controlnet(tmp_path / "a", 8)
+    words: Any = {"negative_prompt": "blue dog", "cfg_scale": 2.0}
+    theirs_of = partial(theirs, pipeline, network, picture(1), true_cfg_scale=2.0, negative_prompt="blue dog")
+    reading = ours(tmp_path / "flux", [control(tmp_path / "a", 1)], **words)
+    assert apart(reading, theirs_of()) > 8
+    with torch.no_grad():
+        for layer in (network.context_embedder, network.time_text_embed.text_embedder.linear_2):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    network.save_pretrained(tmp_path / "blind")
+    assert apart(ours(tmp_path / "flux", [control(tmp_path / "blind", 1)], **words), theirs_of()) <= 1
+    model = calotype.load(tmp_path / "flux", device="cpu")
+    family, mine = model.family, model.load_control(tmp_path / "a")
+    assert isinstance(family, FluxModel)
+    request = calotype.Request(prompt=PROMPT, seed=5, steps=4, text_tokens=16, **SIZE)
+    job = request.complete(family.defaults, 5, {})
+    with torch.inference_mode():
+        sides = [family.condition(text, job, negative=text != PROMPT) for text in (PROMPT, "blue dog")]
+        levels = family.levels(job).path[:2]
+        hint = Hint(network=mine, picture=family.encode(to_tensor(picture(1))[None]))
+        x = torch.randn(1, *family.noise_shape(job), generator=torch.Generator().manual_seed(1))
+        both = family.joined(sides)
+        assert both is not None
+        rows = family.denoiser(both, levels, [job, job], hints=[hint])(x, levels[1])
+        for row, side in zip(rows, sides, strict=True):
+            alone = family.denoiser(side, levels, [job], hints=[hint])(x, levels[1])
+            torch.testing.assert_close(row[None], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_one_for_inpainting_sees_what_the_mask_leaves(tmp_path: Path) -> None:

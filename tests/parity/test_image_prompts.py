@@ -33,7 +33,7 @@ def picture(seed: int, width: int = 40, height: int = 31) -> Image.Image:
 def theirs(
     pipeline: Any,  # noqa: ANN401
     files: list[Path],
-    images: list[Image.Image],
+    images: list[Any],
     scales: list[float],
     **more: Any,  # noqa: ANN401
 ) -> Image.Image:
@@ -90,6 +90,26 @@ def test_two_at_once_and_one_pass(tmp_path: Path) -> None:
     pipeline.unload_ip_adapter()
     reference = theirs(pipeline, [base], [picture(1)], [0.7], guidance_scale=1.0)
     assert_same(ours(tmp_path / "model", prompts[:1], cfg_scale=1.0), reference)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("sd1", "base"), ("sd1", "plus"), ("sdxl", "plus"), ("sdxl", "full")])
+def test_several_pictures_of_one_adapter_share_its_attention(family: str, kind: str, tmp_path: Path) -> None:
+    pipeline = (sd1 if family == "sd1" else sdxl)(tmp_path / "model")
+    encoder(tmp_path / "image_encoder")
+    file = adapter(tmp_path / "one.bin", pipeline.unet, kind=kind)
+    base = adapter(tmp_path / "base.safetensors", pipeline.unet, kind="base", seed=31)
+    pictures = [picture(1), picture(2, 31, 50), picture(3)]
+    prompts = [ImagePrompt(file, each, 0.7) for each in pictures]
+    beside = ImagePrompt(base, picture(4), 0.4)
+    reference = theirs(pipeline, [file, base], [pictures, [picture(4)]], [0.7, 0.4])
+    got = ours(tmp_path / "model", [prompts[0], beside, *prompts[1:]])
+    assert_same(got, reference)
+    # Of another scale, one is read by itself.
+    apart = ours(tmp_path / "model", [prompts[0], beside, replace(prompts[1], scale=0.69), prompts[2]])
+    with pytest.raises(AssertionError):
+        assert_same(apart, reference)
+    # Twice the same picture is that picture: their attention is one.
+    assert_same(ours(tmp_path / "model", [prompts[0]] * 2), ours(tmp_path / "model", prompts[:1]))
 
 
 def test_with_all_that_a_request_may_have(tmp_path: Path) -> None:

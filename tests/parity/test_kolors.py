@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from PIL import Image
+from test_controlnets import union
 from test_image_prompts import ours, picture, theirs
 from test_unets import assert_near, assert_same
 from tiny_image_prompts import adapter, encoder
@@ -16,7 +18,13 @@ from tiny_unets import kolors
 
 import calotype
 from calotype.families.kolors import KolorsModel
+from calotype.families.unets import reader_for
+from calotype.image import to_tensor
 from calotype.nn import quantized
+from calotype.nn.controlnet import ControlNet
+from calotype.nn.embeddings import sinusoid
+from calotype.nn.unet import UNet
+from calotype.request import Control
 
 PROMPT, NEGATIVE = "一只红色的狐狸在雪地里, a red fox in the snow", "模糊, blurry"
 SIZE = {"width": 96, "height": 64}
@@ -54,6 +62,58 @@ def test_image_prompts(tokenizer: Path, tmp_path: Path) -> None:
     encoder(tmp_path / "image_encoder", hidden_act="quick_gelu")
     reference = theirs(pipeline, [file], [picture(1)], [0.7])
     assert_same(ours(tmp_path / "model", [calotype.ImagePrompt(file, picture(1), scale=0.7)]), reference)
+
+
+@pytest.mark.parametrize("kind", range(8))
+def test_a_union_of_sdxl(kind: int, tokenizer: Path, tmp_path: Path) -> None:
+    """xinsir's, which read the text and the sizes as Kolors' UNet has them."""
+    theirs = kolors(tmp_path / "model", tokenizer).unet
+    of_unet = ("block_out_channels", "down_block_types", "attention_head_dim", "transformer_layers_per_block")
+    net = union(tmp_path / "u", **{name: theirs.config[name] for name in (*of_unet, "cross_attention_dim")})
+    model = calotype.load(tmp_path / "model", device="cpu")
+    mine, unet = model.load_control(tmp_path / "u"), model.family.backbone
+    assert isinstance(mine, ControlNet)
+    assert isinstance(unet, UNet)
+    rng = torch.Generator().manual_seed(1)
+    pooled_width = theirs.config.projection_class_embeddings_input_dim - 6 * 8
+    x, text = torch.randn(1, 4, 8, 12, generator=rng), torch.randn(1, 7, theirs.config.encoder_hid_dim, generator=rng)
+    pooled, sizes = torch.randn(1, pooled_width, generator=rng), torch.tensor([[64.0, 96.0, 0.0, 0.0, 64.0, 96.0]])
+    hint, time = to_tensor(picture(1, 96, 64))[None], torch.tensor([401.0])
+    net.add_embedding = theirs.add_embedding
+    with torch.inference_mode():
+        down, middle = net(
+            x,
+            time,
+            encoder_hidden_states=theirs.encoder_hid_proj(text),
+            controlnet_cond=[hint],
+            control_type=torch.eye(8)[kind : kind + 1],
+            control_type_idx=[kind],
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes},
+            return_dict=False,
+        )
+        vector = torch.cat([pooled, sinusoid(sizes, 8).flatten(1)], dim=1)
+        reader = reader_for(mine, unet.config, unet)
+        assert reader is unet
+        prepared = mine.prepare_hinted([text], vector, time, [kind], reader)
+        for got, wanted in zip(mine(x, *prepared.at(0), mine.embed(hint, kind)), [*down, middle], strict=True):
+            assert_near(got, wanted)
+
+
+def test_a_picture_led_by_a_union_of_sdxl(tokenizer: Path, tmp_path: Path) -> None:
+    """By two kinds in one pass, on each rung, and by what a mask leaves."""
+    theirs = kolors(tmp_path / "model", tokenizer).unet
+    of_unet = ("block_out_channels", "down_block_types", "attention_head_dim", "transformer_layers_per_block")
+    union(tmp_path / "u", **{name: theirs.config[name] for name in (*of_unet, "cross_attention_dim")})
+    one = Control(kind="none:depth", model=tmp_path / "u", image=picture(1), scale=0.6)
+    two = Control(kind="tile", model=tmp_path / "u", image=picture(2), start=0.3)
+    drawn = [ours(tmp_path / "model", [], memory, controls=[one, two]) for memory in ("resident", "stream")]
+    assert_same(*drawn)
+    box = Image.new("L", (96, 64), 0)
+    box.paste(255, (0, 0, 40, 40))
+    inpaint = {"input_image": picture(3, 96, 64), "mask_image": box, "steps": 2}
+    plain = ours(tmp_path / "model", [], **inpaint)
+    led = ours(tmp_path / "model", [], controls=[Control(kind="inpaint", model=tmp_path / "u")], **inpaint)
+    assert led.tobytes() != plain.tobytes()
 
 
 def test_conditioning(tokenizer: Path, tmp_path: Path) -> None:

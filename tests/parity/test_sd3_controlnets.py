@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import SD3ControlNetModel, SD3MultiControlNetModel, StableDiffusion3ControlNetPipeline
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from test_flux_controlnets import apart, means
 from tiny_flux import randomised
 from tiny_sd3 import CLIP_G, CLIP_L, POSITIONS, TEXT, build
 
 import calotype
+from calotype.control.annotators import annotate
 from calotype.errors import WrongShape
 from calotype.families.sd3 import Sd3Model
 from calotype.families.sd3.controlnet import Sd3ControlNet
@@ -53,8 +56,15 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(noise).resize((SIZE["width"], SIZE["height"]), Image.Resampling.NEAREST)
 
 
-def theirs(pipeline: Any, network: Any, image: Any, **settings: Any) -> Image.Image:  # noqa: ANN401
+def theirs(
+    pipeline: Any,  # noqa: ANN401
+    network: Any,  # noqa: ANN401
+    image: Any,  # noqa: ANN401
+    processor: VaeImageProcessor | None = None,
+    **settings: Any,  # noqa: ANN401
+) -> Image.Image:
     led = StableDiffusion3ControlNetPipeline(**pipeline.components, controlnet=network)
+    led.image_processor = processor or led.image_processor
     led.set_progress_bar_config(disable=True)
     fields = {"num_inference_steps": 4, "guidance_scale": 4.0, "max_sequence_length": 24, **SIZE, **settings}
     noise = torch.Generator().manual_seed(5)
@@ -69,8 +79,8 @@ def ours(folder: Path, controls: list[Control], memory: str = "auto", **fields: 
     return drawn
 
 
-def control(folder: Path, seed: int, **more: Any) -> Control:  # noqa: ANN401
-    return Control(kind="none", model=str(folder), image=picture(seed), **more)
+def control(folder: Path, seed: int, kind: str = "none", **more: Any) -> Control:  # noqa: ANN401
+    return Control(**{"kind": kind, "model": str(folder), "image": picture(seed), **more})
 
 
 def test_one_and_two_on_every_rung(tmp_path: Path) -> None:
@@ -112,6 +122,37 @@ def test_one_that_reads_no_text(memory: str, tmp_path: Path) -> None:
     network = controlnet(tmp_path / "a", **fields)
     reference = theirs(pipeline, network, picture(1))
     assert apart(ours(tmp_path / "sd3", [control(tmp_path / "a", 1)], memory), reference) <= 1
+
+
+class CannyProcessor(VaeImageProcessor):
+    """What the model card of Stability AI's canny ControlNet puts in the place of the pipeline's own."""
+
+    def __init__(self) -> None:
+        super().__init__(do_normalize=False)
+
+    def preprocess(self, image: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().preprocess(image, **options) * 255 * 0.5 + 0.5
+
+    def postprocess(self, image: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().postprocess(image, **options, do_denormalize=[True] * len(image))
+
+
+def test_the_one_for_canny_that_reads_no_text_sees_it_as_its_authors_gave_it(tmp_path: Path) -> None:
+    pipeline = build(tmp_path / "sd3", norms=True)
+    fields: Any = {"joint_attention_dim": None, "use_pos_embed": False, "force_zeros_for_pooled_projection": False}
+    network = controlnet(tmp_path / "a", **fields)
+    edges = annotate("canny", picture(1), low=10, high=40)
+    reference = theirs(pipeline, network, edges, processor=CannyProcessor())
+    led = control(tmp_path / "a", 1, "none:canny", image=edges)
+    assert apart(ours(tmp_path / "sd3", [led]), reference) <= 1
+    drawn = control(tmp_path / "a", 1, "canny")
+    assert apart(ours(tmp_path / "sd3", [replace(led, kind="none")]), reference) > 8
+    assert apart(ours(tmp_path / "sd3", [replace(led, kind="none:depth")]), theirs(pipeline, network, edges)) <= 1
+    reference = theirs(pipeline, network, annotate("canny", picture(1)), processor=CannyProcessor())
+    assert apart(ours(tmp_path / "sd3", [drawn]), reference) <= 1
+    other = controlnet(tmp_path / "b")  # InstantX's sees all kinds alike
+    led = replace(led, model=str(tmp_path / "b"))
+    assert apart(ours(tmp_path / "sd3", [led]), theirs(pipeline, other, edges)) <= 1
 
 
 def test_one_for_inpainting(tmp_path: Path) -> None:

@@ -300,6 +300,12 @@ def test_every_field_of_a_request_is_an_option_and_reaches_the_engine(
         (r"tile=C:\nets\tile.pth@0.5", {"kind": "tile", "model": r"C:\nets\tile.pth", "scale": 0.5}),
         (r"a=C:/d.pth:D:\left.png", {"kind": "a", "model": "C:/d.pth", "image": r"D:\left.png"}),
         ("none:depth=org/net:a.png@1", {"kind": "none:depth", "model": "org/net", "image": "a.png", "scale": 1.0}),
+        ("tile=tile.pth@.8", {"kind": "tile", "model": "tile.pth", "scale": 0.8}),
+        ("a=b.pth@1.@0-.5", {"kind": "a", "model": "b.pth", "scale": 1.0, "start": 0.0, "end": 0.5}),
+        (
+            "a=b.pth:c.png@0.5@.25-1e-0",
+            {"kind": "a", "model": "b.pth", "image": "c.png", "scale": 0.5, "start": 0.25, "end": 1.0},
+        ),
     ],
 )
 def test_a_control_is_read_from_its_option(text: str, wanted: dict[str, Any]) -> None:
@@ -357,6 +363,8 @@ def test_the_model_is_loaded_as_asked(loader: Loader, capsys: Said) -> None:
         (["--control", "canny=net.pth"], r"controls\[0\].image.*no input_image"),
         (["--control", "canny=net.pth:none.png"], r"controls\[0\].image: got 'none.png'.*No such file"),
         (["--high-res-control", "canny=net.pth"], "high_res_control.*without --high-res"),
+        (["--control", "cany=net.pth:none.png"], r"controls\[0\].kind: got 'cany'; allowed: one of canny, lineart"),
+        (["--control", "canny=net.pth:a.png@1@0.5-2"], r"controls\[0\].end: got 2.0"),
     ],
 )
 def test_a_bad_command_line_is_refused_before_the_model_is_loaded(

@@ -28,6 +28,7 @@ from calotype.image import (
     check_writable,
     embed_metadata,
     input_picture,
+    mask_picture,
     open_picture,
     read_metadata,
     save,
@@ -442,3 +443,42 @@ def test_sizes_that_follow_from_the_picture_stay_open(tmp_path: Path) -> None:
         "target_height": 99,
     }
     assert record["job"]["original_width"] == 64
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I", "file"])
+def test_grey_pictures_of_16_bits_keep_their_greys(tmp_path: Path, mode: str) -> None:
+    """In starts, masks and all else that is given: not clipped to white."""
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    given: Any = Image.fromarray(levels)
+    if mode == "file":
+        given.save(tmp_path / "deep.png")
+        given = str(tmp_path / "deep.png")
+    elif mode != "I;16":
+        stored = levels.astype(">u2" if mode == "I;16B" else np.int32)
+        given = Image.frombytes(mode, (16, 16), stored.tobytes())
+    wanted = np.arange(256).reshape(16, 16)
+    assert np.array_equal(np.asarray(mask_picture(given)), wanted)
+    assert np.array_equal(np.asarray(input_picture(given)), np.stack([wanted] * 3, axis=-1))
+    deep = np.asarray([[0, 128, 129, 65535]], np.uint16)
+    assert np.asarray(mask_picture(Image.fromarray(deep))).tolist() == [[0, 0, 1, 255]]  # to the nearest
+
+
+def test_a_grey_of_16_bits_may_stand_for_what_is_clear(tmp_path: Path) -> None:
+    Image.fromarray(np.asarray([[0, 1000, 65535]], np.uint16)).save(tmp_path / "clear.png", transparency=1000)
+    assert np.asarray(input_picture(tmp_path / "clear.png"))[0, :, 0].tolist() == [0, 255, 255]
+    assert np.asarray(mask_picture(tmp_path / "clear.png")).tolist() == [[0, 0, 255]]
+
+
+@pytest.mark.parametrize(
+    ("picture", "allowed"),
+    [
+        (Image.new("F", (4, 4), 0.5), "one of 8 or 16 bits"),
+        (Image.new("I", (4, 4), 70_000), "numbers from 0 to 65,535"),
+        (Image.new("I", (4, 4), -1), "numbers from 0 to 65,535"),
+    ],
+)
+def test_pictures_of_other_numbers_are_refused(picture: Image.Image, allowed: str) -> None:
+    for read, field in ((input_picture, "controls[0].image"), (mask_picture, "mask_image")):
+        with pytest.raises(RequestError, match=allowed) as caught:
+            read(picture, field)
+        assert caught.value.field == field

@@ -14,7 +14,7 @@ from hypothesis import strategies as some
 from PIL import Image
 
 from calotype.errors import RequestError
-from calotype.request import MAX_PROMPT, MAX_SEED, MAX_STEPS, SIZES, Defaults, Job, Request, Size
+from calotype.request import MAX_PROMPT, MAX_SEED, MAX_STEPS, SIZES, Control, Defaults, Job, Request, Size
 
 DEFAULTS = Defaults(
     width=1024,
@@ -371,3 +371,37 @@ def test_any_values_make_a_request_or_a_request_error(values: dict[str, Any]) ->
     except RequestError:
         return
     assert Request.from_dict(request.to_dict()) == request
+
+
+# ---- controls
+
+
+def test_a_controls_settings_are_plain_values() -> None:
+    given = {"low": 50, "high": 120.5, "hands": True, "weights": "org/name"}
+    control = Control(kind="canny", model=Path("net.pth"), image="a.png", settings=given)
+    assert control.source == control.model == str(Path("net.pth"))
+    request = Request(prompt="a fox", controls=(control,))
+    assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+    assert request.to_dict()["controls"][0]["settings"] == given
+    given["low"] = 1
+    assert control.settings is not None
+    assert control.settings["low"] == 50
+    assert "settings" not in Control(kind="canny", model="net.pth", settings={}).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"settings": [1]}, "settings"),
+        ({"settings": {"low": None}}, "settings"),
+        ({"settings": {1: 2}}, "settings"),
+        ({"model": 3}, "model"),
+        ({"model": ""}, "model"),
+        ({"start": 0.5, "end": 0.5}, "end"),
+    ],
+)
+def test_a_control_checks_itself(values: dict[str, Any], field: str) -> None:
+    led = {"kind": "canny", "model": "net.pth", "image": "a.png", **values}
+    with pytest.raises(RequestError) as caught:
+        Request.from_dict({"prompt": "x", "controls": [led]})
+    assert caught.value.field == f"controls[0].{field}"

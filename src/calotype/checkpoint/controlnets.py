@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePath
 
 from calotype.checkpoint.keys import Rule, Same, Table
 from calotype.checkpoint.layouts import Evidence, Layout, Part, Signature
 from calotype.checkpoint.unets import diffusers_config, diffusers_descent, original_config, original_descent
+from calotype.errors import DamagedFile
 from calotype.nn.controlnet import ControlNet, ControlNetConfig, UnionConfig
 
 HINT_WIDTHS = (16, 32, 96, 256)  # as published
@@ -59,14 +61,24 @@ def _union_rules() -> Iterator[Rule]:
 def _original_config(evidence: Evidence) -> ControlNetConfig:
     convs = [number for number in range(64) if f"input_hint_block.{2 * number}.weight" in evidence.weights]
     widths = tuple(evidence.size(f"input_hint_block.{2 * number}.weight") for number in convs[:-1:2])
-    return ControlNetConfig(unet=original_config(evidence, ""), hint_widths=widths, union=None)
+    return ControlNetConfig(
+        unet=original_config(evidence, ""), hint_widths=widths, union=None, pooled=_pooled(evidence)
+    )
+
+
+def _pooled(evidence: Evidence) -> bool:
+    """Whether additions are pooled: a config.json says so; a file without one by its name, as nothing in it does."""
+    named = not evidence.settings and "shuffle" in PurePath(evidence.weights.source).name.lower()
+    pooled = evidence.settings.get("global_pool_conditions", named)
+    if not isinstance(pooled, bool):
+        raise DamagedFile(f"{evidence.weights.source}: config.json: global_pool_conditions = {pooled!r} is no flag")
+    return pooled
 
 
 def _diffusers_config(evidence: Evidence) -> ControlNetConfig:
     evidence.require(
         conditioning_channels=3,
         controlnet_conditioning_channel_order="rgb",
-        global_pool_conditions=False,
     )
     embedding = "controlnet_cond_embedding"
     blocks = evidence.count(f"{embedding}.blocks.{{i}}.")
@@ -78,7 +90,9 @@ def _diffusers_config(evidence: Evidence) -> ControlNetConfig:
             kinds=evidence.size("task_embedding"),
             layers=evidence.count("transformer_layes.{i}."),
         )
-    return ControlNetConfig(unet=diffusers_config(evidence, ""), hint_widths=tuple(widths), union=union)
+    return ControlNetConfig(
+        unet=diffusers_config(evidence, ""), hint_widths=tuple(widths), union=union, pooled=_pooled(evidence)
+    )
 
 
 CONTROLNET = Part(

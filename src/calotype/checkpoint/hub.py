@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from calotype.checkpoint.files import PICKLE_SUFFIXES
-from calotype.checkpoint.sources import CARD, INDEX, read_json
+from calotype.checkpoint.sources import CARD, CONFIG, INDEX, has_config, read_json
 from calotype.errors import LoadError, SourceNotFound
 
 NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -103,7 +103,10 @@ def file_on_hub(source: str) -> tuple[str, str] | None:
 
 
 def fetch_file(source: str) -> Path:
-    """What lies at org/name/path on the hub: a file, or a folder of one part. Raises SourceNotFound or LoadError."""
+    """What lies at org/name/path on the hub: a file, with its config.json, or a folder of one part.
+
+    Raises SourceNotFound or LoadError.
+    """
     found = file_on_hub(source)
     assert found is not None
     name, file = found
@@ -114,6 +117,8 @@ def fetch_file(source: str) -> Path:
         raise SourceNotFound(f"{source}: no such file or folder here, and the hub model {name} has no folder {file}")
     path = _download(name, file)
     if isinstance(path, Path):
+        if has_config(path.name):
+            fetch_small(name, str(PurePosixPath(file).with_name(CONFIG)))
         return path
     raise path or SourceNotFound(f"{source}: no such file or folder here, and the hub model {name} has no file {file}")
 

@@ -46,11 +46,15 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Attachment:
-    """Something that goes with a model and is none itself. `family` is None where the file does not show it."""
+    """Something that goes with a model and is none itself. `family` is None where the file does not show it.
+
+    `instead` says of what does not run here, though files of its kind and layout do, why, and what to give instead.
+    """
 
     kind: str  # one of KINDS
     layout: str
     family: str | None
+    instead: str = ""
 
     @property
     def title(self) -> str:
@@ -129,25 +133,19 @@ def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
     lora = next((key for key in shapes if LORA.search(key)), other[1][0] if other else None)
     if lora is not None:
         return Attachment("lora", _lora_spelling(shapes, lora), _lora_family(shapes))
-    if "control_model" in first or "input_hint_block.0.weight" in shapes:
-        return Attachment("controlnet", "original", unet_family(shapes))
-    if "controlnet_cond_embedding" in first:
-        return Attachment("controlnet", "diffusers", unet_family(shapes))
-    if {"before_proj", "after_proj_list"} <= first or first >= {"controlnet_blocks", "text_embedding_padding"}:
-        return Attachment("controlnet", "original" if "before_proj" in first else "diffusers", "hunyuan_dit")
+    controlnet = _controlnet(shapes, first)
+    if controlnet is not None:
+        return controlnet
     if any(".kv_proj_ip_adapter." in key for key in shapes):
         return Attachment("ip_adapter", "original", "hunyuan_dit")
-    if "controlnet_blocks" in first:
-        sd3 = "pos_embed_input" in first or "pos_embed" in first
-        return Attachment("controlnet", "diffusers", "sd3" if sd3 else "flux")
-    if any(name.startswith("lllite_") for name in first):
-        return Attachment("controlnet", "lllite", "sdxl")
     if first & {"ip_adapter", "image_proj"}:
         return Attachment("ip_adapter", "original", _adapter_family(shapes))
     if "adapter" in first and any(key.startswith("adapter.body.") for key in shapes):
         return Attachment("t2i_adapter", "diffusers", None)
-    if "body.0.block1.weight" in shapes and "conv_in.weight" in shapes:
+    if "body.0.in_conv.weight" in shapes or {"body.0.block1.weight", "conv_in.weight"} <= shapes.keys():
         return Attachment("t2i_adapter", "original", None)
+    if first >= {"style_embedding", "transformer_layes"}:  # as it is spelt there
+        return Attachment("t2i_adapter", "original, of style", None)
     motion = next((key for key in shapes if ".motion_modules." in key), None)
     if motion is not None:
         return Attachment("motion_module", "original", _motion_family(shapes))
@@ -160,6 +158,38 @@ def attachment(shapes: Mapping[str, Shape]) -> Attachment | None:
         return Attachment("embedding", "textual inversion", family)
     if "vision_model" in first and not any("text_model" in name or "embeddings" in name for name in first):
         return Attachment("image_encoder", "transformers", None)
+    return None
+
+
+WHOLE = "give the whole ControlNet"
+
+
+def _controlnet(shapes: Mapping[str, Shape], first: set[str]) -> Attachment | None:
+    """The ControlNet that these tensors are; `first` is how their keys begin."""
+    if "lora_controlnet" in first:
+        why = "its matrices are cut into two, to be added to the UNet's own"
+        return Attachment("controlnet", "Control-LoRA", unet_family(shapes), f"{why}; {WHOLE}")
+    if first >= {"controlnet_blocks", "double_blocks"} or first >= {"controlnet_blocks", "input_hint_block"}:
+        mistoline = "controlnet_blocks.0.linear.weight" in shapes
+        instead = "give one of InstantX, Shakker Labs, jasperai or alimama"
+        return Attachment("controlnet", "MistoLine" if mistoline else "XLabs", "flux", instead)
+    if "control_model" in first or "input_hint_block.0.weight" in shapes:
+        if "difference" in first or "control_model.difference" in shapes:
+            why = "its weights are to be added to the UNet's own"
+            return Attachment("controlnet", "difference", unet_family(shapes), f"{why}; {WHOLE}")
+        return Attachment("controlnet", "original", unet_family(shapes))
+    if "controlnet_cond_embedding" in first:
+        return Attachment("controlnet", "diffusers", unet_family(shapes))
+    if {"before_proj", "after_proj_list"} <= first or first >= {"controlnet_blocks", "text_embedding_padding"}:
+        return Attachment("controlnet", "original" if "before_proj" in first else "diffusers", "hunyuan_dit")
+    if first >= {"controlnet_blocks", "pos_embed_input", "y_embedder"}:
+        instead = "give its folder of diffusers' layout, or a file of that"
+        return Attachment("controlnet", "original, Stability AI's", "sd3", instead)
+    if "controlnet_blocks" in first:
+        sd3 = "pos_embed_input" in first or "pos_embed" in first
+        return Attachment("controlnet", "diffusers", "sd3" if sd3 else "flux")
+    if any(name.startswith("lllite_") for name in first):
+        return Attachment("controlnet", "lllite", "sdxl", WHOLE)
     return None
 
 

@@ -14,6 +14,7 @@ from calotype.checkpoint.layouts import Settings
 from calotype.errors import DamagedFile, SourceNotFound
 
 INDEX = "model_index.json"
+CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
 CARD = "calotype.json"  # a model folder's own variant and defaults
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
@@ -68,6 +69,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return content  # pyright: ignore[reportUnknownVariableType]
 
 
+def has_config(name: str) -> bool:
+    """Whether a file of this name goes with a config.json beside it: one that diffusers or transformers chose, or
+    diffusers' with a word behind it."""
+    stem = name.split(".", 1)[0].split("-", 1)[0]
+    return stem in OWN_NAMES or stem.startswith("diffusion_pytorch_model_")
+
+
 def open_source(path: Path, name: str | None = None) -> Source:
     """Open what lies at a path. `name` is what the user called it.
 
@@ -86,9 +94,8 @@ def open_source(path: Path, name: str | None = None) -> Source:
     elif path.name == SCHEDULER:
         source.scheduler = read_json(path)
     else:
-        beside = path.parent / "config.json"
-        own = path.name.split(".", 1)[0].split("-", 1)[0] in OWN_NAMES and beside.is_file()
-        settings = read_json(beside) if own else {}
+        beside = path.parent / CONFIG
+        settings = read_json(beside) if has_config(path.name) and beside.is_file() else {}
         source.groups.append(_group(name, _shards(path), settings, path.parent))
     return source
 
@@ -144,7 +151,7 @@ def _folder(path: Path, name: str) -> Source:
         return _pipeline(path, name)
     source = Source(name, "folder")
     _take(source, path, name)
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG).is_file():
         # Loose original files, with whole parts in folders beside them.
         for folder in sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")):
             _take(source, folder, f"{name}/{folder.name}" if name else folder.name)
@@ -159,7 +166,7 @@ def _take(source: Source, folder: Path, name: str, component: str = "") -> None:
     """Add what one folder holds itself: a part with its config.json, a tokenizer, a scheduler, loose files."""
     if (folder / SCHEDULER).is_file():
         source.scheduler = read_json(folder / SCHEDULER)
-    config = folder / "config.json"
+    config = folder / CONFIG
     files = _part_files(folder) if config.is_file() else []
     if files:
         source.groups.append(_group(name, files, read_json(config), folder, component))

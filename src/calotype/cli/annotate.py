@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from calotype.request import Size
 
 
 def _setting(metavar: str, text: str) -> Any:
@@ -37,10 +40,14 @@ def annotate(
         ),
     ] = None,
     width: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Width; else the picture's own.", show_default=False)
+        int | None,
+        typer.Option(
+            metavar="PIXELS", help="Width; else the picture's own, or in proportion to --height.", show_default=False
+        ),
     ] = None,
     height: Annotated[
-        int | None, typer.Option(metavar="PIXELS", help="Height; else the picture's own.", show_default=False)
+        int | None,
+        typer.Option(metavar="PIXELS", help="Height, likewise.", show_default=False),
     ] = None,
     low: Annotated[float | None, _setting("X", "canny: slopes above it are edges beside strong ones (100).")] = None,
     high: Annotated[float | None, _setting("X", "canny: slopes above it are edges, up to 2040 (200).")] = None,
@@ -93,6 +100,14 @@ def annotate(
     if target.exists() and image.exists() and target.samefile(image):
         raise OutputError(f"{target}: is the picture itself; name another file")
     picture = input_picture(open_picture(image, "IMAGE"))
-    size = Size(picture.width if width is None else width, picture.height if height is None else height)
-    save(annotate(kind, picture, size, **settings), target)
+    save(annotate(kind, picture, _size(Size(*picture.size), width, height), **settings), target)
     typer.echo(target)
+
+
+def _size(own: Size, width: int | None, height: int | None) -> Size:
+    """The size asked for; a side that is not given follows the other in the picture's proportions."""
+    if width is None and height is not None:
+        width = max(1, round(own.width * height / own.height))
+    if height is None and width is not None:
+        height = max(1, round(own.height * width / own.width))
+    return type(own)(own.width if width is None else width, own.height if height is None else height)

@@ -99,9 +99,9 @@ def generate(
         _named(
             "--control",
             "Picture",
-            "KIND=MODEL[:IMG][@SCALE]",
+            "KIND=MODEL[:IMG][@SCALE[@START-END]]",
             "Lead the ControlNet in MODEL by IMG, or the --input-image, as the annotator KIND draws it (none: as it "
-            "is); repeat it for others.",
+            "is), from the fraction START of the steps to END; repeat it for others.",
         ),
     ] = None,
     image_prompts: Annotated[
@@ -131,7 +131,8 @@ def generate(
     high_res_control: Annotated[
         list[str] | None,
         _large(
-            "KIND=MODEL[:IMG][@SCALE]", "Lead the --high-res passes by this instead of --control; by what is there."
+            "KIND=MODEL[:IMG][@SCALE[@START-END]]",
+            "Lead the --high-res passes by this instead of --control; by what is there.",
         ),
     ] = None,
     tiled: Annotated[
@@ -252,6 +253,10 @@ def _passing(request: Request, option: str, given: str, **values: Any) -> Reques
 
 def _check_files(request: Request) -> None:
     """Not to find out after loading a model that they cannot be read."""
+    if request.all_controls():
+        from calotype.control.annotators import check
+
+        check(request)
     opened(request)
     upscalers = {each.upscaler for each in request.high_res}.difference(UPSCALERS)
     if upscalers:
@@ -352,14 +357,15 @@ def _regions(texts: list[str]) -> list[dict[str, Any]]:
 
 
 def _controls(texts: list[str]) -> list[dict[str, Any]]:
-    """KIND=MODEL[:IMG][@SCALE], each. The last colon that is not a drive's parts the two."""
+    """KIND=MODEL[:IMG][@SCALE[@START-END]], each. The last colon that is not a drive's parts the two."""
     made: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        found = re.fullmatch(rf"([^=]+)=({_PATH})(?::({_PATH}))?(?:@({_NUMBER}))?", text)
+        weighed = rf"(?:@({_NUMBER})(?:@({_NUMBER})-({_NUMBER}))?)?"
+        found = re.fullmatch(rf"([^=]+)=({_PATH})(?::({_PATH}))?{weighed}", text)
         if found is None:
-            allowed = "KIND=MODEL[:IMG][@SCALE], as canny=control.safetensors:photo.png@0.8"
+            allowed = "KIND=MODEL[:IMG][@SCALE[@START-END]], as canny=control.safetensors:photo.png@0.8@0-0.5"
             raise RequestError(f"controls[{number}]", text, allowed)
-        kinds = {"kind": str, "model": str, "image": str, "scale": float}
+        kinds = {"kind": str, "model": str, "image": str, "scale": float, "start": float, "end": float}
         pairs = zip(kinds.items(), found.groups(), strict=True)
         made.append({name: kind(value) for (name, kind), value in pairs if value is not None})
     return made

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from calotype.errors import RequestError
 from calotype.nn.leader import Leader
-
-INPAINT = "inpaint"
-"""The kind of a picture of which the job's mask takes away what is to be drawn."""
+from calotype.request import Control
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +31,12 @@ class Hint:
 
     def leads(self, step: int, steps: int) -> bool:
         """Whether the network adds anything at this step, from 0."""
-        return self.scale != 0 and step / steps >= self.start and (step + 1) / steps <= self.end
+        return self.scale != 0 and leads(self, step, steps)
+
+
+def leads(by: Hint | Control, step: int, steps: int) -> bool:
+    """Whether all of a step, from 0, lies in the part that something leads."""
+    return step / steps >= by.start and (step + 1) / steps <= by.end
 
 
 def without_masked(network: Leader, picture: Tensor, mask: Tensor) -> Tensor:
@@ -44,15 +47,15 @@ def without_masked(network: Leader, picture: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask > 0.5, network.blank, picture)
 
 
-def kind_of(network: Leader, kind: str, field: str) -> int | None:
+def kind_of(network: Leader, control: Control, field: str) -> int | None:
     """The number under which a union knows a kind ("canny", or "none:canny" for a ready picture); None for the others.
 
     Raises RequestError where the union knows no such kind.
     """
     if not network.count:
         return None
-    name, known = kind.removeprefix("none:"), network.kinds
-    if name not in known:
+    known = network.kinds
+    if control.shows not in known:
         allowed = f"one of {', '.join(known)}, or none:KIND for a ready picture: a union ControlNet must be told"
-        raise RequestError(field, kind, allowed)
-    return known[name]
+        raise RequestError(field, control.kind, allowed)
+    return known[control.shows]

@@ -74,16 +74,21 @@ ImageReaders = Mapping[tuple[str, str | None], ImageReader]
 def read_pictures(job: Job, readers: ImageReaders, memory: Memory) -> tuple[list[KeysAndValues], list[KeysAndValues]]:
     """A job's image prompts, for either side of guidance; what counts for nothing is left out.
 
-    The second is empty where the job has no negative side.
+    Those of one network and one scale are read together, as one row of tokens. The second is empty where the job has no
+    negative side.
     """
     negative = job.cfg_scale != 1
-    with_, without = list[KeysAndValues](), list[KeysAndValues]()
+    alike: dict[tuple[object, float], list[KeysAndValues]] = {}
     for prompt, picture in zip(job.image_prompts, job.prompt_images, strict=True):
-        if prompt.scale == 0:
-            continue
+        if prompt.scale != 0:
+            read = readers[prompt.networks].read(picture, memory, negative=negative)
+            alike.setdefault((prompt.networks, prompt.scale), []).append(read)
+    with_, without = list[KeysAndValues](), list[KeysAndValues]()
+    for (_, scale), reads in alike.items():
         # Attention is linear in its values: scaled there, once a job, and not in every step.
-        read = [(k, prompt.scale * v) for k, v in readers[prompt.networks].read(picture, memory, negative=negative)]
-        with_.append(tuple((k[:1], v[:1]) for k, v in read))
+        pairs = [zip(*each, strict=True) for each in zip(*reads, strict=True)]  # of each place: all keys, all values
+        places = [(torch.cat(k, dim=2), scale * torch.cat(v, dim=2)) for k, v in pairs]
+        with_.append(tuple((k[:1], v[:1]) for k, v in places))
         if negative:
-            without.append(tuple((k[1:], v[1:]) for k, v in read))
+            without.append(tuple((k[1:], v[1:]) for k, v in places))
     return with_, without

@@ -82,10 +82,10 @@ class FamilyModel(ABC, Generic[C]):
     def joined(self, conditionings: Sequence[C]) -> C | None:
         """Several conditionings as one, row after row; None where they are too unlike for one pass."""
 
-    def seen_by(self, network: Leader, picture: Tensor, mask: Tensor | None) -> Tensor:
+    def seen_by(self, network: Leader, picture: Tensor, mask: Tensor | None, shows: str = "none") -> Tensor:
         """What a ControlNet sees of a picture (b 3 h w in 0..1): pixels, or latents, with the mask if it wants one.
 
-        mask b 1 h w in 0..1, 1 where something is to be drawn.
+        mask b 1 h w in 0..1, 1 where something is to be drawn; `shows` is the kind of the picture.
         """
         if network.sees == "picture":
             return picture

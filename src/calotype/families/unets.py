@@ -22,7 +22,7 @@ from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.controlnet import ControlNet, ControlNetConfig
 from calotype.nn.image_adapter import ImageAdapterConfig, Places
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
-from calotype.nn.unet import KeysAndValues, UNet, UNetConfig
+from calotype.nn.unet import KeysAndValues, Prepared, UNet, UNetConfig
 from calotype.request import Defaults, Job
 from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
@@ -36,6 +36,7 @@ class UNetConditioning(NamedTuple):
     ]  # b n d, what cross-attention reads, for each group of rows whose prompts are of one length
     vector: Tensor | None  # b d, pooled text and sizes; None for a UNet without that input
     pictures: tuple[KeysAndValues, ...] = ()  # of each image prompt, what each cross-attention reads of it
+    negative: tuple[bool, ...] = (False,)  # of each row, whether it is to be steered away from
 
 
 class UNetModel(FamilyModel[UNetConditioning]):
@@ -106,10 +107,10 @@ class UNetModel(FamilyModel[UNetConditioning]):
     ) -> Denoise:
         number = {level: i for i, level in enumerate(levels)}
         times = torch.tensor([level.time for level in levels], device=self.device)
-        texts, vector, pictures = conditioning
+        texts, vector, pictures, _ = conditioning
         prepared = self.unet.prepare(texts, vector, times)
         estimate = ESTIMATES[self.diffusion.prediction]
-        additions = self._additions(texts, vector, times, hints)
+        additions = self._additions(conditioning, times, hints)
         shown = {"pictures": _by_attention(pictures, prepared.text)} if pictures else {}
 
         def denoise(x: Tensor, level: Level) -> Tensor:
@@ -128,7 +129,8 @@ class UNetModel(FamilyModel[UNetConditioning]):
                 texts.append(text)
         vectors = [each.vector for each in conditionings if each.vector is not None]
         pictures = tuple(_rows(each) for each in zip(*(each.pictures for each in conditionings), strict=True))
-        return UNetConditioning(tuple(texts), torch.cat(vectors) if vectors else None, pictures)
+        negative = tuple(row for each in conditionings for row in each.negative)
+        return UNetConditioning(tuple(texts), torch.cat(vectors) if vectors else None, pictures, negative)
 
     def with_pictures(self, conditioning: UNetConditioning, pictures: Sequence[KeysAndValues]) -> UNetConditioning:
         if not isinstance(self.unet, UNet):
@@ -136,7 +138,7 @@ class UNetModel(FamilyModel[UNetConditioning]):
         return conditioning._replace(pictures=tuple(pictures))
 
     def _additions(
-        self, texts: Sequence[Tensor], vector: Tensor | None, times: Tensor, hints: Sequence[Hint]
+        self, conditioning: UNetConditioning, times: Tensor, hints: Sequence[Hint]
     ) -> Callable[[Tensor, int], tuple[Sequence[Tensor], ...]]:
         """What ControlNets add to the UNet, as the rest of its arguments: x, the number of the level -> () or one."""
         if not hints:
@@ -144,23 +146,26 @@ class UNetModel(FamilyModel[UNetConditioning]):
         unet = self.unet
         if not isinstance(unet, UNet):
             raise RequestError("controls", f"{len(hints)} of them", "none with the backend openvino: load with torch")
-        led = [(hint, hint.network) for hint in hints if isinstance(hint.network, ControlNet)]
-        assert len(led) == len(hints)
-        prepared = [
-            network.prepare_hinted(texts, vector, times, hint.kind, reader_for(network, unet.config, unet))
-            for hint, network in led
-        ]
-        embedded = [network.embed(hint.picture, hint.kind) for hint, network in led]
+        dtype = unet.conv_in.dtype
+        positive = torch.tensor([not row for row in conditioning.negative], device=self.device).to(dtype)
+        passes: dict[tuple[Hint, ...], Pass] = {}
+        led: list[list[Pass]] = []
+        for step in range(len(times)):
+            groups = together([hint for hint in hints if hint.leads(step, len(times))])
+            passes |= {each: Pass.of(each, conditioning, times, unet) for each in groups if each not in passes}
+            led.append([passes[each] for each in groups])
 
         def additions(x: Tensor, step: int) -> tuple[Sequence[Tensor], ...]:
             total: list[Tensor] = []
-            for (hint, network), own, seen in zip(led, prepared, embedded, strict=True):
-                if not hint.leads(step, len(times)):
+            for network, own, seen, scale in led[step]:
+                if network.settings.pooled and all(conditioning.negative):
                     continue
                 latents = x[:, : network.config.channels_in]
                 if len(seen) < len(x):
                     seen = seen.repeat(len(x) // len(seen), 1, 1, 1)
-                made = [hint.scale * each.to(unet.conv_in.dtype) for each in network(latents, *own.at(step), seen)]
+                made = [scale * each.to(dtype) for each in network(latents, *own.at(step), seen)]
+                if network.settings.pooled:
+                    made = [positive[:, None, None, None] * each for each in made]
                 total = [a + b for a, b in zip(total, made, strict=True)] if total else made
             return (total,) if total else ()
 
@@ -188,6 +193,38 @@ class UNetModel(FamilyModel[UNetConditioning]):
     def _preview_projection(self) -> Tensor:
         assert isinstance(self._previewed, Autoencoder)
         return preview_projection(self._previewed)
+
+
+class Pass(NamedTuple):
+    """A ControlNet with what it is led by in some steps, as far as it does not depend on the noisy latents."""
+
+    network: ControlNet
+    prepared: Prepared
+    seen: Tensor  # b c h w, what is added to the latents' features
+    scale: float
+
+    @classmethod
+    def of(cls, hints: Sequence[Hint], conditioning: UNetConditioning, times: Tensor, unet: UNet) -> Pass:
+        """Of hints for one network. What a union makes of several is weighed before it, what it adds else after it."""
+        network = hints[0].network
+        assert isinstance(network, ControlNet)
+        kinds = [hint.kind for hint in hints if hint.kind is not None]
+        reader = reader_for(network, unet.config, unet)
+        prepared = network.prepare_hinted(conditioning.texts, conditioning.vector, times, kinds, reader)
+        if len(hints) == 1:
+            return cls(network, prepared, network.embed(hints[0].picture, hints[0].kind), hints[0].scale)
+        seen = sum(network.embed(hint.picture, hint.kind, hint.scale) for hint in hints)
+        assert isinstance(seen, Tensor)
+        return cls(network, prepared, seen, 1.0)
+
+
+def together(hints: Sequence[Hint]) -> list[tuple[Hint, ...]]:
+    """Hints in groups that go through a network at once: all that a union is led by, and each other one alone."""
+    groups: dict[object, tuple[Hint, ...]] = {}
+    for hint in hints:
+        key = hint if hint.kind is None else hint.network
+        groups[key] = (*groups.get(key, ()), hint)
+    return list(groups.values())
 
 
 def _rows(shown: Sequence[KeysAndValues]) -> KeysAndValues:

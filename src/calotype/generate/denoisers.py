@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from calotype.control.hints import INPAINT, Hint, without_masked
+from calotype.control.hints import Hint, without_masked
 from calotype.families.model import FamilyModel
 from calotype.generate.stages import Part, Stage
 from calotype.image import mask_tensor, to_tensor
+from calotype.request.parts import INPAINT
 from calotype.sampling.guidance import guided_both, sides
 from calotype.sampling.levels import Level
 from calotype.sampling.samplers import SAMPLERS, Denoise, evaluated
@@ -35,7 +36,7 @@ def seen_by(model: FamilyModel[C], stage: Stage[C], begun: Image.Image | None) -
             assert mask is not None
             picture = without_masked(led.network, picture, mask)
         with model.memory.holding(model.vae) if led.network.sees != "picture" else nullcontext():
-            seen.append(model.seen_by(led.network, picture, mask))
+            seen.append(model.seen_by(led.network, picture, mask, led.control.shows))
     return tuple(seen)
 
 

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 from PIL import Image
 
 from calotype.checkpoint.files import Weights
+from calotype.control.annotators import check
 from calotype.control.image_prompts import ImageReader
 from calotype.errors import RequestError
 from calotype.families.model import FamilyModel
@@ -92,7 +93,7 @@ class Model(Generic[C]):
         able(self.family).detach(name)
 
     def load_control(self, source: str | os.PathLike[str]) -> Leader:
-        """The ControlNet that a file, folder or hub id holds, loaded once, where and as this model is.
+        """The ControlNet that a file, folder, hub id or file on the hub holds, loaded once, where and as this model is.
 
         Raises a LoadError: WrongShape, which names the families that it fits, where this model's is not among them.
         """
@@ -117,8 +118,8 @@ class Model(Generic[C]):
 
     def stream(self, request: Request) -> Events:
         """Progress and pictures as they come; close the iterator to stop early."""
-        controls = [*request.controls, *(control for each in request.high_res for control in each.controls or ())]
-        networks = {control.model: self.load_control(control.model) for control in controls}
+        check(request)
+        networks = {control.source: self.load_control(control.source) for control in request.all_controls().values()}
         readers = {each.networks: self.load_image_prompt(*each.networks) for each in request.image_prompts}
         return stream(self.family, request, cache=self.prompts, networks=networks, readers=readers)
 

@@ -8,14 +8,16 @@ from typing import Generic, NamedTuple, TypeVar
 
 from PIL import Image
 
-from calotype.control.annotators import annotate, annotator
-from calotype.control.hints import INPAINT, kind_of
+from calotype.control.annotators import Annotator, drawn_by
+from calotype.control.hints import kind_of, leads
 from calotype.control.image_prompts import ImageReaders, read_pictures
 from calotype.errors import RequestError
 from calotype.families.model import FamilyModel
 from calotype.generate.prompts import PromptCache, Read, read, with_pictures
 from calotype.nn.leader import Leader
 from calotype.request import Control, Job, resized
+from calotype.request.parts import INPAINT
+from calotype.sampling.samplers import SAMPLERS, evaluated
 from calotype.sampling.spatial import Box, boxes
 
 C = TypeVar("C")
@@ -40,6 +42,7 @@ class Led:
     control: Control
     network: Leader
     kind: int | None
+    annotator: Annotator | None
     shown: Image.Image | None
 
     def by(self, begun: Image.Image | None) -> Image.Image:
@@ -47,7 +50,7 @@ class Led:
         if self.shown is not None:
             return self.shown
         assert begun is not None
-        return _drawn(self.control.kind, begun)
+        return _drawn(self.annotator, begun)
 
 
 class Stage(NamedTuple, Generic[C]):
@@ -80,7 +83,9 @@ def planned(
     Raises RequestError for a control whose kind is not known, or not to its network.
     """
     jobs = [job, *(job.at(number) for number in range(len(job.high_res)))]
-    led = [_led(each, networks, "" if number == 0 else f"high_res[{number - 1}].") for number, each in enumerate(jobs)]
+    prefixes = ["", *(f"high_res[{number}]." for number in range(len(job.high_res)))]
+    own = [True, *(each.controls is not None for each in job.high_res)]
+    led = [_led(model, each, networks, *how) for each, how in zip(jobs, zip(prefixes, own, strict=True), strict=True)]
     scales = [each.height // model.noise_shape(each)[1] for each in jobs]
     tiles = [
         [(box, each.within(box, scale)) for box in _boxes(model, each, scale)]
@@ -101,25 +106,27 @@ def _boxes(model: FamilyModel[C], job: Job, scale: int) -> Sequence[Box]:
     return boxes(height, width, job.tile_size // scale, job.tile_stride // scale)
 
 
-def _led(job: Job, networks: Mapping[str, Leader], prefix: str) -> tuple[Led, ...]:
+def _led(model: FamilyModel[C], job: Job, networks: Mapping[str, Leader], prefix: str, own: bool) -> tuple[Led, ...]:
+    """The controls of a stage that count for something. Its `own` must lead a step, those of the request need not."""
     made: list[Led] = []
+    steps = len(evaluated(SAMPLERS[job.sampler], model.levels(job))) if job.controls else 0
     for number, (control, picture) in enumerate(zip(job.controls, job.control_images, strict=True)):
-        field, network = f"{prefix}controls[{number}].", networks[control.model]
-        kind = kind_of(network, control.kind, field + "kind")
+        field, network = f"{prefix}controls[{number}].", networks[control.source]
+        kind = kind_of(network, control, field + "kind")
         try:
-            if not _ready(control.kind):
-                annotator(control.kind)
+            drawing = drawn_by(control, str(model.device))
             _check_masked(control, network, job)
+            if control.scale == 0:
+                continue
+            if own and not any(leads(control, step, steps) for step in range(steps)):
+                span = f"start {control.start:g} and end {control.end:g}"
+                raise RequestError("end", control.end, f"others: none of {steps} steps lies between {span}")
             begun = job.input_image if picture is None and not prefix else picture
-            shown = None if begun is None else _drawn(control.kind, resized(begun, job.size))
+            shown = None if begun is None else _drawn(drawing, resized(begun, job.size))
         except RequestError as error:
             raise RequestError(field + error.field, error.value, error.allowed) from None
-        made.append(Led(control, network, kind, shown))
+        made.append(Led(control, network, kind, drawing, shown))
     return tuple(made)
-
-
-def _ready(kind: str) -> bool:
-    return kind in ("none", INPAINT) or kind.startswith("none:")
 
 
 def _check_masked(control: Control, network: Leader, job: Job) -> None:
@@ -132,5 +139,5 @@ def _check_masked(control: Control, network: Leader, job: Job) -> None:
         )
 
 
-def _drawn(kind: str, picture: Image.Image) -> Image.Image:
-    return picture if _ready(kind) else annotate(kind, picture)
+def _drawn(annotator: Annotator | None, picture: Image.Image) -> Image.Image:
+    return picture if annotator is None else annotator.draw(picture)

@@ -8,6 +8,7 @@ import torch
 
 from calotype.checkpoint.detect import detect
 from calotype.checkpoint.files import Weights
+from calotype.checkpoint.known import Attachment, attachment
 from calotype.checkpoint.layouts import Found, Part, Settings
 from calotype.checkpoint.sources import open_source
 from calotype.errors import LoadError, RequestError, UnknownModel, UnsupportedModel, WrongShape
@@ -15,12 +16,12 @@ from calotype.families import FAMILIES
 from calotype.families.family import Family
 from calotype.families.model import FamilyModel
 from calotype.loading.attached import attached
-from calotype.loading.gather import locate
+from calotype.loading.gather import locate_part
 from calotype.nn.leader import Leader
 
 
 def load_control(source: str, model: FamilyModel[Any], dtype: torch.dtype | None) -> Leader:
-    """The ControlNet at a path, or on the hub, for a model; `dtype` None keeps what it is stored in.
+    """The ControlNet at a path or on the hub, for a model; `dtype` None keeps what it is stored in.
 
     Raises WrongShape, naming the families that it fits, where it was trained for another; RequestError where the model
     is of a family without ControlNets, or runs with OpenVINO.
@@ -44,23 +45,26 @@ def load_control(source: str, model: FamilyModel[Any], dtype: torch.dtype | None
 
 
 def _found(source: str) -> Found[Any]:
-    opened = open_source(locate(source), source)
+    opened = open_source(locate_part(source), source)
     if len(opened.groups) != 1:
         raise LoadError(f"{source}: {len(opened.groups)} files of tensors; name the one that is the ControlNet")
     group = opened.groups[0]
     found = control_in(group.weights, group.settings)
     if found is not None:
         return found
-    attachment = detect(group.weights, (), (), {}).attachment
-    if attachment is not None and attachment.kind == "controlnet":
-        raise UnsupportedModel(f"{source}: {attachment.title}, which does not run here yet")
-    what = "no ControlNet" if attachment is None else f"{attachment.title}, and no ControlNet"
+    named = detect(group.weights, (), (), {}).attachment
+    if named is not None and named.kind == "controlnet":
+        raise UnsupportedModel(f"{source}: {named.title}, which {refusal(named)}")
+    what = "no ControlNet" if named is None else f"{named.title}, and no ControlNet"
     titles = ", ".join(family.title for family in FAMILIES if family.controls is not None)
     raise UnknownModel(f"{source}: {what}; give a ControlNet of one of {titles}")
 
 
 def control_in(weights: Weights, settings: Settings) -> Found[Any] | None:
     """The ControlNet that these tensors are; None for others, and for those that do not run here."""
+    named = attachment(weights.shapes)
+    if named is not None and named.instead:
+        return None
     parts = dict.fromkeys(family.controls.part for family in FAMILIES if family.controls is not None)
     for part in parts:
         for layout in part.layouts:
@@ -68,6 +72,11 @@ def control_in(weights: Weights, settings: Settings) -> Found[Any] | None:
                 entries = {key[len(prefix) :]: entry for key, entry in weights.items() if key.startswith(prefix)}
                 return Found(part, layout, prefix, type(weights)(weights.source, entries), settings)
     return None
+
+
+def refusal(named: Attachment) -> str:
+    """What is said of a ControlNet that is known by name and does not run."""
+    return "does not run here yet" + (f": {named.instead}" if named.instead else "")
 
 
 def fitting(part: Part[Any], config: Any) -> list[Family]:  # noqa: ANN401

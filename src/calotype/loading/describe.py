@@ -16,7 +16,7 @@ from calotype.errors import LoadError, MissingKeys, UnexpectedKeys, UnsupportedM
 from calotype.families import FAMILIES
 from calotype.families.adapters import fitting
 from calotype.families.family import Family, Role
-from calotype.loading.controls import control_in
+from calotype.loading.controls import control_in, refusal
 from calotype.loading.controls import fitting as fitting_control
 from calotype.loading.gather import Item, Opened, choose, gather
 from calotype.loading.image_prompts import adapter_in
@@ -143,7 +143,7 @@ def _control(item: Item) -> tuple[str | None, str]:
     assert attachment is not None
     found = control_in(item.group.weights, item.group.settings)
     if found is None:
-        return attachment.family, "does not run here yet; "
+        return attachment.family, f"{refusal(attachment)}; "
     try:
         config = found.config()
         families = fitting_control(found.part, config)

@@ -11,7 +11,7 @@ from typing import Any
 
 from calotype.checkpoint.detect import Detected, detect, side
 from calotype.checkpoint.files import Weights
-from calotype.checkpoint.hub import fetch_model, looks_like_hub_id
+from calotype.checkpoint.hub import fetch_file, fetch_model, file_on_hub, looks_like_hub_id
 from calotype.checkpoint.layouts import Found, Part, Settings
 from calotype.checkpoint.sources import Group, Source, open_source
 from calotype.errors import LoadError, SourceNotFound, UnexpectedKeys
@@ -79,6 +79,13 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if isinstance(source, str) and looks_like_hub_id(source):
         return fetch_model(source, FOLDERS)
     raise SourceNotFound(f"{source}: no such file or folder")
+
+
+def locate_part(source: str) -> Path:
+    """As `locate`, for what goes with a model: also one file, or one folder, of a hub model, as org/name/path."""
+    if not Path(source).expanduser().exists() and file_on_hub(source) is not None:
+        return fetch_file(source)
+    return locate(source)
 
 
 def gather(given: Sequence[str | os.PathLike[str]]) -> Opened:

@@ -10,7 +10,7 @@ import torch
 
 from calotype.checkpoint.detect import detect
 from calotype.checkpoint.files import Weights
-from calotype.checkpoint.hub import fetch_file, fetch_folder, fetch_small, file_on_hub
+from calotype.checkpoint.hub import fetch_folder, fetch_small, file_on_hub
 from calotype.checkpoint.image_prompts import IMAGE_ADAPTER, VISION, found_in
 from calotype.checkpoint.layouts import Found
 from calotype.checkpoint.sources import open_source, read_json
@@ -29,7 +29,7 @@ from calotype.families.family import Family
 from calotype.families.model import FamilyModel
 from calotype.families.unets import UNetModel, adapter_misfit
 from calotype.loading.attached import attached
-from calotype.loading.gather import locate
+from calotype.loading.gather import locate_part
 from calotype.nn.image_adapter import ImageAdapter, ImageAdapterConfig, Places, ProjectionConfig
 from calotype.nn.unet import UNet, UNetConfig
 from calotype.nn.vision import VisionConfig, VisionEncoder
@@ -97,15 +97,9 @@ def adapter_in(weights: Weights) -> Found[ImageAdapterConfig] | None:
     return found_in(weights, {}, IMAGE_ADAPTER)
 
 
-def _path(source: str) -> Path:
-    if not Path(source).expanduser().exists() and file_on_hub(source) is not None:
-        return fetch_file(source)
-    return locate(source)
-
-
 def _adapter(source: str) -> tuple[Found[ImageAdapterConfig], Path]:
     """The adapter of a file, or the one in a folder, and the folder that it lies in."""
-    opened = open_source(_path(source), source)
+    opened = open_source(locate_part(source), source)
     adapters = [(found, group.place) for group in opened.groups if (found := adapter_in(group.weights)) is not None]
     if len(adapters) == 1:
         return adapters[0]
@@ -120,7 +114,7 @@ def _adapter(source: str) -> tuple[Found[ImageAdapterConfig], Path]:
 
 
 def _given(source: str, config: ImageAdapterConfig) -> Found[VisionConfig]:
-    found = _encoder(_path(source), source)
+    found = _encoder(locate_part(source), source)
     if found is None:
         raise UnknownModel(f"{source}: no image encoder of CLIP with a projection; {_wanted(config)}")
     if not config.sees(found.config()):

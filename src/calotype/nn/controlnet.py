@@ -3,7 +3,8 @@
 A union ControlNet (xinsir, 2024) knows several kinds of picture: it is told which one it gets, and a small transformer
 over the means of its features and of the latents' says what is added to each channel. As published, and as diffusers
 runs it, that transformer attends over the batch and not over its two members: for one picture each of them meets
-itself alone, attention is what its values are, and nothing of it depends on the latents. So it runs once a job.
+itself alone, attention is what its values are, and nothing of it depends on the latents. So it runs once a job, also
+where the union sees several pictures in one pass: each by itself, and what they add is added up.
 """
 
 # b batch · c channels · h height · w width
@@ -37,12 +38,14 @@ class ControlNetConfig:
     """`unet` are the numbers of the UNet's way down (its channels out say nothing here).
 
     `hint_widths` are those of the convolutions through which the picture goes, full resolution first; from each to the
-    next its sides are halved.
+    next its sides are halved. `pooled` says whether only the means over the picture of what it adds are added, and
+    that where a prompt leads alone, not where a negative one does (ControlNet 1.1's for shuffled pictures).
     """
 
     unet: UNetConfig
     hint_widths: tuple[int, ...]
     union: UnionConfig | None
+    pooled: bool
 
 
 # The kinds that xinsir's union ControlNets are told, by number; annotators' names first.
@@ -52,9 +55,13 @@ UNION_KINDS: dict[str, int] = {
     "depth": 1,
     "soft_edge": 2,
     "softedge": 2,
+    "hed": 2,
     "scribble": 2,
     "canny": 3,
     "lineart": 3,
+    "lineart_learned": 3,
+    "lineart_anime": 3,
+    "mlsd": 3,
     "line": 3,
     "normal": 4,
     "segment": 5,
@@ -113,12 +120,12 @@ class Union(nn.Module):
         self.blocks = nn.ModuleList(MemberBlock(width) for _ in range(union.layers))
         self.out = Linear(width, width)
 
-    def forward(self, features: Tensor, kind: int) -> Tensor:
+    def forward(self, features: Tensor, kind: int, scale: float) -> Tensor:
         """A picture's features (b c h w), of the kind of this number -> what is added to the latents'."""
-        member = features.mean(dim=(2, 3)) + self.kinds[kind]
+        member = scale * (features.mean(dim=(2, 3)) + self.kinds[kind])
         for block in self.blocks:
             member = block(member)
-        return features + self.out(member)[..., None, None]
+        return scale * (features + self.out(member)[..., None, None])
 
 
 class ControlNet(Descent, Leader):
@@ -144,29 +151,41 @@ class ControlNet(Descent, Leader):
         told = () if self.union is None else tuple(self.union.modules())
         return (*super().only_for_preparing(), *self.hint, *told)
 
-    def embed(self, picture: Tensor, kind: int | None) -> Tensor:
-        """What a picture (b 3 8h 8w) in 0..1 adds to the latents' features, b c h w; a union must be told its kind."""
+    def embed(self, picture: Tensor, kind: int | None, scale: float = 1.0) -> Tensor:
+        """What a picture (b 3 8h 8w) in 0..1 adds to the latents' features, b c h w; a union must be told its kind.
+
+        `scale` weighs it against others that the union sees in the same pass.
+        """
         features = self.hint(picture.to(self.conv_in.dtype))
         if self.union is None:
             return features
         assert kind is not None
-        return self.union(features, kind)
+        return self.union(features, kind, scale)
 
     def prepare_hinted(
-        self, texts: Sequence[Tensor], vector: Tensor | None, times: Tensor, kind: int | None, reader: Descent | None
+        self,
+        texts: Sequence[Tensor],
+        vector: Tensor | None,
+        times: Tensor,
+        kinds: Sequence[int],
+        reader: Descent | None,
     ) -> Prepared:
-        """As `prepare`, for a picture of this kind; `reader` reads text and vector where the network's own is another
-        model's (SDXL's ControlNets on Kolors)."""
+        """As `prepare`, for pictures of these kinds, none unless it is a union; `reader` reads text and vector where
+        the network's own is another model's (SDXL's ControlNets on Kolors)."""
         told = None
         if self.union is not None:
-            assert kind is not None
-            kinds = torch.zeros(len(self.union.kinds), device=self.union.kinds.device)
-            kinds[kind] = 1
-            told = self.union.kinds_in(sinusoid(kinds, self.config.size_width).reshape(1, -1).to(self.conv_in.dtype))
+            assert kinds
+            seen = torch.zeros(len(self.union.kinds), device=self.union.kinds.device)
+            seen[list(kinds)] = 1
+            told = self.union.kinds_in(sinusoid(seen, self.config.size_width).reshape(1, -1).to(self.conv_in.dtype))
         return self.prepare(texts, vector, times, reader=reader, told=told)
 
     def forward(self, x: Tensor, shifts: Sequence[Tensor], text: Sequence[KeysAndValues], hint: Tensor) -> list[Tensor]:
-        """x (b channels h w) with `shifts` and `text` of `Prepared.at`, `hint` of `embed` -> additions."""
+        """x (b channels h w) with `shifts` and `text` of `Prepared.at`, `hint` of `embed` -> additions.
+
+        Of one that is pooled, their sides are 1.
+        """
         x = self.conv_in(x.to(self.conv_in.dtype))
         made = self.descend(x + hint, iter(shifts), map(Read, text))
-        return [tap(each) for tap, each in zip(self.taps, made, strict=True)]
+        tapped = [tap(each) for tap, each in zip(self.taps, made, strict=True)]
+        return [each.mean(dim=(2, 3), keepdim=True) for each in tapped] if self.settings.pooled else tapped

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from calotype.request.pictures import PictureSource
 
 MAX_PARTS = 64
+INPAINT = "inpaint"
+"""The kind of a control's picture of which the job's mask takes away what is to be drawn."""
 UPSCALERS = ("lanczos", "latent")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # how a file of an upscaler's ends
 
@@ -116,23 +118,25 @@ class Control(Part):
     kind        the annotator that draws what the network sees ("canny", "depth", ...), or "none" where the picture is
                 ready; for a union ControlNet, which must be told what it sees, "none:canny" and the like.
                 "inpaint" takes away of a ready picture what the request's mask_image says to draw
-    model       the ControlNet: a file, a folder or a hub id, as `Model.load_control` takes it
+    model       the ControlNet: a file, a folder, a hub id, or org/name/path of a file on the hub
     image       the picture, or its path; resized to the job's size. None: the picture that the job, or the pass, begins
                 with
     scale       how much it counts
     start, end  the part of the steps that it leads, as fractions of them
+    settings    those of the annotator, by name ({"low": 50}); None: as it has them
     """
 
     kind: str
-    model: str
+    model: str | os.PathLike[str]
     image: PictureSource | None = None
     scale: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    settings: Mapping[str, str | float | bool] | None = None
 
     def __post_init__(self) -> None:
         text("kind", self.kind)
-        text("model", self.model)
+        _path("model", self)
         if self.image is not None:
             picture("image", self.image)
         real("scale", self.scale, 0, 10)
@@ -140,6 +144,43 @@ class Control(Part):
         real("end", self.end, 0, 1)
         if self.start >= self.end:
             raise RequestError("end", self.end, f"more than start, {self.start}: it would never lead")
+        if self.settings is not None:
+            object.__setattr__(self, "settings", _settings("settings", self.settings))
+
+    @property
+    def source(self) -> str:
+        """Its network, as a name."""
+        return os.fspath(self.model)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the network sees the picture as it is, and no annotator draws from it."""
+        return self.kind in ("none", INPAINT) or self.kind.startswith("none:")
+
+    @property
+    def shows(self) -> str:
+        """What the network sees: of canny and of none:canny, canny."""
+        return self.kind.removeprefix("none:")
+
+
+def _path(field: str, part: Part) -> None:
+    """A path in a field, made text."""
+    value = getattr(part, field)
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):  # pyright: ignore[reportUnknownArgumentType]
+        raise RequestError(field, value, "the path of a file")
+    object.__setattr__(part, field, os.fspath(value))  # pyright: ignore[reportUnknownArgumentType]
+    text(field, getattr(part, field))
+
+
+def _settings(field: str, given: object) -> dict[str, str | float | bool] | None:
+    """Plain values by name; None where there are none."""
+    if not isinstance(given, Mapping):
+        raise RequestError(field, given, "values by name, as {'low': 50}")
+    values: Mapping[Any, Any] = given
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, (str, int, float, bool)):
+            raise RequestError(field, {name: value}, "text, numbers, True or False, each by a name")
+    return dict(values) or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,14 +252,9 @@ class ImagePrompt(Part):
     encoder: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        for field in ("model", "encoder"):
-            value = getattr(self, field)
-            if value is None and field == "encoder":
-                continue
-            if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):  # pyright: ignore[reportUnknownArgumentType]
-                raise RequestError(field, value, "the path of a file")
-            object.__setattr__(self, field, os.fspath(value))  # pyright: ignore[reportUnknownArgumentType]
-            text(field, getattr(self, field))
+        _path("model", self)
+        if self.encoder is not None:
+            _path("encoder", self)
         picture("image", self.image)
         real("scale", self.scale, 0, 10)
 

@@ -352,13 +352,18 @@ class Request:
         values = plain({field.name: getattr(self, field.name) for field in fields(self)})
         return {name: value for name, value in values.items() if value is not None}
 
+    def all_controls(self) -> dict[str, Control]:
+        """Its controls and those of its passes, by their fields: "controls[0]", "high_res[0].controls[0]"."""
+        stages = [("", self.controls), *((f"high_res[{k}].", each.controls) for k, each in enumerate(self.high_res))]
+        return {
+            f"{stage}controls[{k}]": control for stage, controls in stages for k, control in enumerate(controls or ())
+        }
+
     def pictures(self) -> dict[str, PictureSource]:
         """All pictures that the request names, by the field that does: "input_image", "controls[0].image"."""
         named: dict[str, PictureSource | None] = {"input_image": self.input_image, "mask_image": self.mask_image}
         named |= {f"regions[{k}].mask": region.mask for k, region in enumerate(self.regions)}
-        stages = [("", self.controls), *((f"high_res[{k}].", each.controls) for k, each in enumerate(self.high_res))]
-        for stage, controls in stages:
-            named |= {f"{stage}controls[{k}].image": control.image for k, control in enumerate(controls or ())}
+        named |= {f"{field}.image": control.image for field, control in self.all_controls().items()}
         named |= {f"image_prompts[{k}].image": shown.image for k, shown in enumerate(self.image_prompts)}
         return {name: picture for name, picture in named.items() if picture is not None}
 

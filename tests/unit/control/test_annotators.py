@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from calotype.cli.main import main
-from calotype.control.annotators import ANNOTATORS, annotate, annotator
+from calotype.control.annotators import ANNOTATORS, annotate, annotator, drawn_by
 from calotype.control.annotators.edges import _groups, blurred, canny, lines, soft_edges
 from calotype.errors import RequestError, SourceNotFound
-from calotype.request import Size
+from calotype.families.flux.controlnet import UNION_KINDS as FLUX_UNION
+from calotype.nn.controlnet import UNION_KINDS as UNET_UNION
+from calotype.request import Control, Size
 
 CLASSICAL = ("canny", "lineart", "softedge", "tile", "blur", "color", "gray", "invert", "none")
 DETECTED = {
@@ -396,11 +399,19 @@ def test_the_command_writes_what_the_call_draws(tmp_path: Path, monkeypatch: pyt
     assert main(["annotate", "canny", "photo.png", "--low", "300", "--high", "900", "--width", "48"]) == 0
     assert capsys.readouterr().out == "photo-canny.png\n"
     with Image.open("photo-canny.png") as written:
-        assert written.tobytes() == annotate("canny", noise(), Size(48, 56), low=300, high=900).tobytes()
+        assert written.tobytes() == annotate("canny", noise(), Size(48, 67), low=300, high=900).tobytes()
     assert (
         main(["annotate", "lineart", "photo.png", "--out", "drawn.webp", "--line-width", "2", "--strength", "3"]) == 0
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn.webp", "photo-canny.png", "photo.png"]
+    for sides, size in (
+        (["--height", "28"], (20, 28)),
+        (["--height", "28", "--width", "30"], (30, 28)),
+        ([], (40, 56)),
+    ):
+        assert main(["annotate", "gray", "photo.png", *sides]) == 0
+        with Image.open("photo-gray.png") as written:
+            assert written.size == size
 
 
 @pytest.mark.parametrize(
@@ -428,3 +439,33 @@ def test_the_command_refuses_in_one_line_and_writes_nothing(
     assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
     assert Path("photo.png").read_bytes() == before
+
+
+# ---- of controls
+
+
+def test_a_learned_kind_of_a_control_runs_where_the_model_does() -> None:
+    for kind in ("depth", *DETECTED):
+        drawing = drawn_by(Control(kind=kind, model="x"), "cuda:1")
+        assert getattr(drawing, "device", None) == "cuda:1"
+        drawing = drawn_by(Control(kind=kind, model="x", settings={"device": "cpu"}), "cuda:1")
+        assert getattr(drawing, "device", None) == "cpu"
+    assert drawn_by(Control(kind="canny", model="x"), "cuda:1") == annotator("canny")
+    assert drawn_by(Control(kind="inpaint", model="x")) is drawn_by(Control(kind="none:hed", model="x")) is None
+
+
+# ---- what the guide says of them
+
+
+def documented(union: str) -> dict[str, int]:
+    """The kinds that the guide's table gives to a union, and the numbers that it does."""
+    guide = Path(__file__).parents[3] / "docs" / "guide" / "annotators.md"
+    rows = [line.split("|") for line in guide.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    assert {row[1].strip(" `") for row in rows} == set(ANNOTATORS)
+    found = {row[1].strip(" `"): re.search(rf"(?:; |\| ){union} (\d)", "| " + row[3].strip()) for row in rows}
+    return {kind: int(number[1]) for kind, number in found.items() if number is not None}
+
+
+@pytest.mark.parametrize(("union", "kinds"), [("union", UNET_UNION), ("FLUX union", FLUX_UNION)])
+def test_unions_take_the_annotators_that_the_guide_gives_them(union: str, kinds: dict[str, int]) -> None:
+    assert documented(union) == {kind: number for kind, number in kinds.items() if kind in ANNOTATORS}

@@ -8,6 +8,6 @@ kind is for which network.
 
 from __future__ import annotations
 
-from calotype.control.annotators.kinds import ANNOTATORS, Annotator, annotate, annotator
+from calotype.control.annotators.kinds import ANNOTATORS, Annotator, annotate, annotator, check, drawn_by
 
-__all__ = ["ANNOTATORS", "Annotator", "annotate", "annotator"]
+__all__ = ["ANNOTATORS", "Annotator", "annotate", "annotator", "check", "drawn_by"]

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter, ImageOps
 from calotype.control.annotators import learned
 from calotype.errors import RequestError
 from calotype.image import input_picture
-from calotype.request import Size, resized
+from calotype.request import Control, Request, Size, resized
 from calotype.request.checks import MAX_SIDE, flag, real, text, whole
 
 if TYPE_CHECKING:
@@ -326,16 +326,51 @@ ANNOTATORS: Mapping[str, type[Annotator]] = MappingProxyType(
 )
 
 
-def annotator(kind: str, **settings: object) -> Annotator:
+def drawn_by(control: Control, device: str = "cpu") -> Annotator | None:
+    """The annotator of a control, on this device if it is learned and nothing else is said; None for a ready picture.
+
+    Raises RequestError, naming a field of the control, for a kind or a setting that is not known, or a wrong value.
+    """
+    settings: dict[str, object] = dict(control.settings or {})
+    if control.ready:
+        if settings:
+            raise RequestError("settings", settings, f"None: a picture of the kind {control.kind} is not drawn anew")
+        return None
+    if "device" in settings_of(control.kind):
+        settings = {"device": device, **settings}
+    try:
+        return annotator(control.kind, **settings)
+    except RequestError as error:
+        if control.kind not in ANNOTATORS:
+            raise
+        raise RequestError(f"settings.{error.field}", error.value, error.allowed) from None
+
+
+def settings_of(kind: str) -> tuple[str, ...]:
+    """The names of a kind's settings; none of a kind that is not known."""
+    made: Any = ANNOTATORS.get(kind, Ready)
+    return tuple(field.name for field in fields(made))
+
+
+def check(request: Request) -> None:
+    """Refuse controls that cannot be drawn, before anything is loaded: RequestError, as of `drawn_by`."""
+    for field, control in request.all_controls().items():
+        try:
+            drawn_by(control)
+        except RequestError as error:
+            raise RequestError(f"{field}.{error.field}", error.value, error.allowed) from None
+
+
+def annotator(kind: str, /, **settings: object) -> Annotator:
     """The annotator of this kind. Raises RequestError for a kind or a setting that is not known, or a wrong value."""
     if kind not in ANNOTATORS:
         raise RequestError("kind", kind, f"one of {', '.join(ANNOTATORS)}")
-    drawn_by: Any = ANNOTATORS[kind]
-    known = [field.name for field in fields(drawn_by)]
+    made: Any = ANNOTATORS[kind]
+    known = settings_of(kind)
     for name, value in settings.items():
         if name not in known:
             raise RequestError(name, value, f"for {kind}, {', '.join(known) or 'no setting'}")
-    return drawn_by(**settings)
+    return made(**settings)
 
 
 def annotate(kind: str, picture: Image.Image, size: Size | None = None, **settings: object) -> Image.Image:
@@ -345,12 +380,12 @@ def annotate(kind: str, picture: Image.Image, size: Size | None = None, **settin
     so that lines are as fine as the size allows. `settings` are the fields of `ANNOTATORS[kind]`. Raises RequestError
     naming what is not known or not allowed, or the extra that a learned kind needs.
     """
-    drawn_by = annotator(kind, **settings)
+    drawing = annotator(kind, **settings)
     if size is not None:
         whole("width", size.width, 1, MAX_SIDE)
         whole("height", size.height, 1, MAX_SIDE)
     source = input_picture(picture)
-    return drawn_by.draw(resized(source, size or Size(*source.size)))
+    return drawing.draw(resized(source, size or Size(*source.size)))
 
 
 def _softened(picture: Image.Image, spread: float) -> Image.Image:

@@ -58,7 +58,7 @@ class KolorsModel(UNetModel):
             text_tokens=job.text_tokens,
             sizes=told_sizes(job),
             size_width=self.unet.config.size_width,
-        )
+        )._replace(negative=(negative,))
 
     def conditioned_by(self, job: Job) -> Hashable:
         return job.text_tokens, told_sizes(job)

@@ -73,7 +73,7 @@ def assemble(given: Assembly) -> KolorsModel:
 
 # What the files hold beside the states that Kolors takes.
 LANGUAGE_MODEL = ("encoder.final_layernorm.weight", "output_layer.weight", "rotary_pos_emb.inv_freq")
-CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None)
+CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None, pooled=False)
 MANIFESTS = (
     whole("kolors-controlnet", CONTROLNET, "diffusers", CONTROL),
     whole("kolors-unet", UNET, "diffusers", UNET_CONFIG),

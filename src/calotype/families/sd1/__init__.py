@@ -64,7 +64,7 @@ class Sd1Model(UNetModel):
             tokenizer=self.tokenizer,
             clip_skip=job.clip_skip,
             embeddings=self.embeddings,
-        )
+        )._replace(negative=(negative,))
 
     def conditioned_by(self, job: Job) -> Hashable:
         return job.clip_skip

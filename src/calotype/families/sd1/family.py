@@ -95,7 +95,7 @@ POSITION_IDS = "text_model.embeddings.position_ids"
 ORIGINAL_UNET = ManifestPart(part=UNET, layout="original", config=UNET_CONFIG, prefix=UNET_PREFIX)
 ORIGINAL_VAE = ManifestPart(part=AUTOENCODER, layout="original", config=VAE, prefix=VAE_PREFIX)
 ORIGINAL_CLIP = ManifestPart(part=CLIP, layout="transformers", config=VIT_L, prefix=CLIP_PREFIX, extras=(POSITION_IDS,))
-CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None)
+CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None, pooled=False)
 ADAPTER = ImageAdapterConfig(
     seen_width=VIT_H.projection,
     text_width=UNET_CONFIG.text_width,

@@ -161,7 +161,10 @@ class Sd3Model(FamilyModel[Sd3Conditioning]):
 
         return additions
 
-    def seen_by(self, network: Leader, picture: Tensor, mask: Tensor | None) -> Tensor:
+    def seen_by(self, network: Leader, picture: Tensor, mask: Tensor | None, shows: str = "none") -> Tensor:
+        if isinstance(network, PictureControlNet) and shows == "canny":
+            # As its authors give it to the autoencoder, which others reach as 2 x - 1: 255 x / 2 + 1 / 2.
+            picture = (127.5 * picture + 1.5) / 2
         seen = super().seen_by(network, picture, mask)
         assert isinstance(network, (Sd3ControlNet, PictureControlNet))
         if network.settings.pooled or network.sees == "masked":

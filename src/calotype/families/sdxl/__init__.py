@@ -70,7 +70,7 @@ class SdxlModel(UNetModel):
             sizes=told_sizes(job),
             size_width=self.unet.config.size_width,
             empty_is_zero=self.empty_is_zero and negative,
-        )
+        )._replace(negative=(negative,))
 
     def conditioned_by(self, job: Job) -> Hashable:
         return job.clip_skip, told_sizes(job)

@@ -118,8 +118,8 @@ ORIGINAL_CLIP_G = ManifestPart(
 BARE_CLIP_L = replace(ORIGINAL_CLIP_L, extras=())
 ORIGINAL = (ORIGINAL_UNET, ORIGINAL_VAE, ORIGINAL_CLIP_L, ORIGINAL_CLIP_G)
 SECOND_POSITION_IDS = "transformer.text_model.embeddings.position_ids"
-CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None)
-UNION = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=PROMAX)
+CONTROL = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=None, pooled=False)
+UNION = ControlNetConfig(unet=UNET_CONFIG, hint_widths=HINT_WIDTHS, union=PROMAX, pooled=False)
 ADAPTER = ImageAdapterConfig(
     seen_width=IMAGE_BIG_G.projection,
     text_width=UNET_CONFIG.text_width,
