@@ -92,6 +92,35 @@ def mask_tensor(mask: Image.Image, height: int, width: int) -> Tensor:
     return F.adaptive_avg_pool2d(values, (height, width))
 
 
+def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """A picture that is made of its surroundings where a mask of its size is white; greys are in between.
+
+    Push and pull (Gortler et al. 1996, "The Lumigraph", section 3.4): what is known is averaged to half the size and
+    so on, and what is not known taken from the first such size that has something there, going over smoothly.
+    """
+    import torch.nn.functional as F
+
+    def smaller(x: Tensor) -> Tensor:
+        kernel, stride, padding = ([over if side > 1 else one for side in x.shape[2:]] for over, one in _OVERLAPPING)
+        return F.avg_pool2d(x, kernel, stride, padding)
+
+    def of(colours: Tensor, known: Tensor) -> Tensor:
+        """Colours times how far they are known, and that -> colours everywhere."""
+        if known.min() == 1 or known.shape[2:].numel() == 1:
+            return colours / known.clamp(min=1e-6)
+        share = smaller(known)
+        surely = (16 * share).clamp(max=1)
+        means = smaller(colours) / share.clamp(min=1e-6)
+        around = F.interpolate(of(means * surely, surely), size=known.shape[2:], mode="bilinear")
+        return colours + (1 - known) * around
+
+    known = 1 - mask_tensor(mask, picture.height, picture.width)
+    return to_pil(of(to_tensor(picture) * known, known)[0])
+
+
+_OVERLAPPING = (4, 1), (2, 1), (1, 0)  # kernel, stride and padding that halve a side, and that leave one of 1
+
+
 def input_picture(given: str | os.PathLike[str] | Image.Image, field: str = "input_image") -> Image.Image:
     """A picture to start from: opened if it is a path, turned as its camera was held, on white where it is clear.
 

@@ -27,6 +27,7 @@ from calotype.image import (
     a1111_parameters,
     check_writable,
     embed_metadata,
+    filled,
     input_picture,
     open_picture,
     read_metadata,
@@ -442,3 +443,30 @@ def test_sizes_that_follow_from_the_picture_stay_open(tmp_path: Path) -> None:
         "target_height": 99,
     }
     assert record["job"]["original_width"] == 64
+
+
+def filling(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.asarray(filled(Image.fromarray(picture), Image.fromarray(mask)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (8, 512), (9, 7), (1, 5)])
+def test_a_place_is_filled_from_its_surroundings(height: int, width: int) -> None:
+    picture = np.random.default_rng(1).integers(20, 200, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 4 : width // 4 * 3 + 1] = 255
+    made = filling(picture, mask)
+    known, hidden = mask == 0, mask > 0
+    assert np.array_equal(made[known], picture[known])
+    assert picture[known].min() <= made[hidden].min() <= made[hidden].max() <= picture[known].max()
+    assert np.array_equal(filling(made, mask), made)
+    assert np.array_equal(filling(np.where(hidden[..., None], np.uint8(255), picture), mask), made)
+    assert np.array_equal(filling(picture, np.zeros_like(mask)), picture)
+
+
+def test_a_fill_goes_over_softly() -> None:
+    ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (64, 64, 3)).copy()
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    made = filling(ramp, mask).astype(int)
+    assert abs(made - ramp).max() < 64
+    assert abs(np.diff(made, axis=1)).max() < 25  # no edge where the place begins

@@ -68,6 +68,17 @@ def test_a_white_mask_is_no_mask_and_a_black_one_leaves_everything(apple: Image.
     assert np.array_equal(pixels(black), pixels(apple))
 
 
+def test_nothing_is_left_of_what_a_mask_hides(apple: Image.Image) -> None:
+    hidden = mask(32, 32, 95, 95)
+    other = apple.copy()
+    other.paste((0, 0, 255), (32, 32, 96, 96))
+    fields = FIELDS | {"prompt": "a green apple", "mask_image": hidden}
+    drawn = one(**fields, input_image=apple)
+    assert np.array_equal(pixels(drawn), pixels(one(**fields, input_image=other)))
+    weaker = [pixels(one(**fields, input_image=picture, denoising_strength=0.6)) for picture in (apple, other)]
+    assert not np.array_equal(*weaker)  # there it is what is drawn over
+
+
 def test_a_feathered_mask_goes_over_softly(apple: Image.Image) -> None:
     fields = FIELDS | {"prompt": "a blue car", "input_image": apple, "mask_image": mask(0, 0, 63, 128)}
     softly = pixels(one(**fields, keep_unmasked=True, mask_feather=16))

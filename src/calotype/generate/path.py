@@ -26,7 +26,7 @@ from calotype.generate.events import Events, Lowered, Picture, Progress
 from calotype.generate.loras import wear
 from calotype.generate.prompts import PromptCache
 from calotype.generate.stages import planned
-from calotype.image import embed_metadata, mask_tensor, opened, to_pil, to_tensor
+from calotype.image import embed_metadata, filled, mask_tensor, opened, to_pil, to_tensor
 from calotype.memory.ladder import out_of_memory
 from calotype.nn.leader import Leader
 from calotype.request import Job, Request, resized
@@ -114,7 +114,7 @@ def _pictures(
 ) -> Events:
     """The pictures of a job from number `first` on."""
     stages = planned(model, job, networks, readers, cache)
-    input_latents = None if job.input_image is None else _encoded(model, job.input_image)
+    input_latents = None if job.input_image is None else _begun(model, job, job.input_image)
     denoisers: dict[int, Denoise] = {}
     for k in range(first, job.count):
         x = input_latents
@@ -144,6 +144,15 @@ def _pictures(
                     )
         assert x is not None
         yield _picture(model, _decoded(model, x, job.seed + k), job, k)
+
+
+def _begun(model: FamilyModel[C], job: Job, picture: Image.Image) -> Tensor:
+    """The clean latents that a job begins with: of what is drawn from noise alone, its surroundings.
+
+    An autoencoder sees far: a rim of what was taken away would be left in the latents beside it.
+    """
+    hidden = job.mask_image if job.denoising_strength == 1 and not model.inpaints else None
+    return _encoded(model, picture if hidden is None else filled(picture, hidden))
 
 
 def _encoded(model: FamilyModel[C], picture: Image.Image) -> Tensor:
@@ -194,11 +203,16 @@ def _steps(model: FamilyModel[C], job: Job, denoise: Denoise, begun: Tensor | No
         begun = None  # as they were trained: from noise alone, with the picture beside it
     levels = model.levels(job)
     noise = _noise(seed, (1, *model.noise_shape(job)), model.device)
-    top = levels.path[0]
-    x = model.start(job, levels, noise) if begun is None else top.alpha * begun + top.sigma * noise()
-    if begun is not None and job.mask_image is not None and not model.inpaints:
+    if begun is None:
+        return SAMPLERS[job.sampler](denoise, model.start(job, levels, noise), levels, noise)
+    top, drawn = levels.path[0], noise()
+    x = top.alpha * begun + top.sigma * drawn
+    if job.mask_image is not None and not model.inpaints:
         mask = mask_tensor(job.mask_image, *x.shape[2:]).to(model.device)
         denoise = keeping(denoise, begun, mask)
+        if job.denoising_strength == 1:
+            # Even at their noisiest level many models see some of the picture: of what is hidden nothing may be left.
+            x = x.lerp(model.start(job, levels, lambda: drawn), mask)
     return SAMPLERS[job.sampler](denoise, x, levels, noise)
 
 
