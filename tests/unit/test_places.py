@@ -213,6 +213,23 @@ def test_what_the_family_cannot_draw_is_refused(fields: dict[str, Any], said: st
         one(**FIELDS, **fields)
 
 
+def test_steps_that_a_pass_cannot_take_are_refused_before_any_work() -> None:
+    large: dict[str, Any] = {"width": 192, "height": 192, "strength": 0.04}
+    model().prompts.clear()
+    encoded: list[object] = []
+    watching = model().family.encoders[0].register_forward_pre_hook(lambda *given: encoded.append(given))
+    try:
+        with pytest.raises(RequestError, match=r"^high_res\[1\]\.steps: got 50; allowed: at most 40"):
+            next(
+                model().stream(
+                    Request(prompt="a fox", steps=50, schedule="simple", high_res=[large | {"steps": 3}, large])
+                )
+            )
+    finally:
+        watching.remove()
+    assert not encoded
+
+
 def test_an_extended_picture_has_its_own_size(apple: Image.Image) -> None:
     with pytest.raises(RequestError, match="width: got 256; allowed: None with extend: 192x128 follows"):
         one(**FIELDS, input_image=apple, extend=(0, 0, 64, 0), width=256)

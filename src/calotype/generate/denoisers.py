@@ -47,7 +47,7 @@ def of_stage(
     `seen` is what `seen_by` gives; `more` is what a model that inpaints takes beside the latents, for all of the
     picture; `batched` runs prompts in one pass, as many as a large picture's two.
     """
-    levels = evaluated(SAMPLERS[stage.job.sampler], model.levels(stage.job))
+    levels = evaluated(SAMPLERS[stage.job.sampler], stage.levels)
     alike: dict[Hashable, Denoise] = {}
     groups: list[Tiles] = []
     for parts in _groups(stage, batched=batched):

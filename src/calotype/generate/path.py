@@ -25,7 +25,7 @@ from calotype.generate.denoisers import of_stage, seen_by
 from calotype.generate.events import Events, Lowered, Picture, Progress
 from calotype.generate.loras import wear
 from calotype.generate.prompts import PromptCache
-from calotype.generate.stages import planned
+from calotype.generate.stages import Stage, planned
 from calotype.image import embed_metadata, filled, mask_tensor, opened, to_pil, to_tensor
 from calotype.memory.ladder import out_of_memory
 from calotype.nn.leader import Leader
@@ -97,7 +97,7 @@ def _upscalers(model: FamilyModel[C], job: Job) -> dict[str, Upscaler]:
             try:
                 found[each.upscaler] = load_upscaler(each.upscaler, model.device)
             except RequestError as error:
-                raise RequestError(f"high_res[{number}].{error.field}", error.value, error.allowed) from error
+                raise error.under(f"high_res[{number}].") from error
     return found
 
 
@@ -131,7 +131,7 @@ def _pictures(
             with model.memory.holding(model.backbone, *stage.networks):
                 if number not in denoisers or (number and sees):
                     denoisers[number] = of_stage(model, stage, seen, more, batched=batched_guidance)
-                for step in _steps(model, stage.job, denoisers[number], x, job.seed + k):
+                for step in _steps(model, stage, denoisers[number], x, job.seed + k):
                     x = step.x
                     yield Progress(
                         picture=k,
@@ -197,11 +197,11 @@ def _beside(model: FamilyModel[C], job: Job, picture: Image.Image | None) -> Ten
         return model.beside(to_tensor(shown)[None].to(model.device), drawn.to(model.device))
 
 
-def _steps(model: FamilyModel[C], job: Job, denoise: Denoise, begun: Tensor | None, seed: int) -> Iterator[Step]:
+def _steps(model: FamilyModel[C], stage: Stage[C], denoise: Denoise, begun: Tensor | None, seed: int) -> Iterator[Step]:
     """The steps of one stage, from clean latents taken back to noise in part, or from noise alone."""
+    job, levels = stage.job, stage.levels
     if model.inpaints and job.denoising_strength == 1:
         begun = None  # as they were trained: from noise alone, with the picture beside it
-    levels = model.levels(job)
     noise = _noise(seed, (1, *model.noise_shape(job)), model.device)
     if begun is None:
         return SAMPLERS[job.sampler](denoise, model.start(job, levels, noise), levels, noise)

@@ -16,6 +16,7 @@ from calotype.families.model import FamilyModel
 from calotype.generate.prompts import PromptCache, Read, read, with_pictures
 from calotype.nn.leader import Leader
 from calotype.request import Control, Job, resized
+from calotype.sampling.levels import Levels
 from calotype.sampling.spatial import Box, boxes
 
 C = TypeVar("C")
@@ -54,6 +55,7 @@ class Stage(NamedTuple, Generic[C]):
     """One pass over a picture."""
 
     job: Job
+    levels: Levels
     scale: int  # pixels a side of one latent
     parts: tuple[Part[C], ...]
     led: tuple[Led, ...]
@@ -77,21 +79,30 @@ def planned(
 ) -> tuple[Stage[C], ...]:
     """All stages of a job, with their prompts read and what leads them drawn, as far as it is there by then.
 
-    Raises RequestError for a control whose kind is not known, or not to its network.
+    Raises RequestError for steps that a stage's part of the schedule does not hold, and for a control whose kind is not
+    known, or not to its network.
     """
-    jobs = [job, *(job.at(number) for number in range(len(job.high_res)))]
-    led = [_led(each, networks, "" if number == 0 else f"high_res[{number - 1}].") for number, each in enumerate(jobs)]
-    scales = [each.height // model.noise_shape(each)[1] for each in jobs]
+    jobs = {"": job} | {f"high_res[{number}].": job.at(number) for number in range(len(job.high_res))}
+    levels = [_levels(model, each, prefix) for prefix, each in jobs.items()]
+    led = [_led(each, networks, prefix) for prefix, each in jobs.items()]
+    scales = [each.height // model.noise_shape(each)[1] for each in jobs.values()]
     tiles = [
         [(box, each.within(box, scale)) for box in _boxes(model, each, scale)]
-        for each, scale in zip(jobs, scales, strict=True)
+        for each, scale in zip(jobs.values(), scales, strict=True)
     ]
     words = read(model, [own for stage in tiles for _, own in stage], cache)
     found = iter(with_pictures(model, words, *read_pictures(job, readers, model.memory)))
     return tuple(
-        Stage(each, scale, tuple(Part(box, own, next(found)) for box, own in stage), by)
-        for each, scale, stage, by in zip(jobs, scales, tiles, led, strict=True)
+        Stage(each, path, scale, tuple(Part(box, own, next(found)) for box, own in stage), by)
+        for each, path, scale, stage, by in zip(jobs.values(), levels, scales, tiles, led, strict=True)
     )
+
+
+def _levels(model: FamilyModel[C], job: Job, prefix: str) -> Levels:
+    try:
+        return model.levels(job)
+    except RequestError as error:
+        raise error.under(prefix) from None
 
 
 def _boxes(model: FamilyModel[C], job: Job, scale: int) -> Sequence[Box]:
@@ -113,7 +124,7 @@ def _led(job: Job, networks: Mapping[str, Leader], prefix: str) -> tuple[Led, ..
             begun = job.input_image if picture is None and not prefix else picture
             shown = None if begun is None else _drawn(control.kind, resized(begun, job.size))
         except RequestError as error:
-            raise RequestError(field + error.field, error.value, error.allowed) from None
+            raise error.under(field) from None
         made.append(Led(control, network, kind, shown))
     return tuple(made)
 

@@ -64,7 +64,7 @@ def _part(kind: type[P], field: str, given: object) -> P:
     try:
         return kind(**values)
     except RequestError as error:
-        raise RequestError(f"{field}.{error.field}", error.value, error.allowed) from None
+        raise error.under(f"{field}.") from None
     except TypeError:
         raise RequestError(field, dict(values), f"all that {kind.__name__} needs: {', '.join(known)}") from None
 
