@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_checkpoints
+import tiny_stable
+import torch
 from PIL import Image, ImageDraw
 
 import calotype
 from calotype.errors import RequestError
+from calotype.families.flux.network import FluxTrunk
 from calotype.generate import Model, Picture, Progress, denoisers
 from calotype.image import read_metadata, save
+from calotype.nn.unet import UNet
 from calotype.request import HighRes, Region, Request
 
 SIDE = 128
@@ -290,3 +295,66 @@ def test_a_pass_takes_no_more_than_a_large_picture_does(monkeypatch: pytest.Monk
         watching.remove()
     assert sum(rows) == 2 * 25 * FIELDS["steps"]
     assert max(rows) == 10
+
+
+@pytest.fixture
+def sdxl(tmp_path: Path) -> Model[Any]:
+    return calotype.load(
+        tiny_checkpoints.save(tmp_path / "sdxl.safetensors", tiny_stable.sdxl()), *tiny_stable.tokenizers(tmp_path)
+    )
+
+
+def test_text_is_read_once_for_all_tiles(sdxl: Model[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where each tile is told where it was cut: its sizes are no part of what words mean."""
+    passes: list[object] = []
+    rows: list[int] = []
+    for encoder in sdxl.family.encoders:
+        encoder.register_forward_pre_hook(lambda *given: passes.append(given[0]))
+    read = UNet.read
+
+    def watched(self: UNet, texts: Any, **more: Any) -> Any:
+        rows.extend(len(text) for text in texts)
+        return read(self, texts, **more)
+
+    monkeypatch.setattr(UNet, "read", watched)
+    fields: dict[str, Any] = {"seed": 1, "steps": 1, "width": 192, "height": 192}
+    tiles: dict[str, Any] = fields | {"tiled": True, "tile_size": 32, "tile_stride": 16}
+    together = sdxl.generate("a fox", **tiles)
+    assert len(passes) == 2 * 2  # prompt and negative prompt, not 121 times
+    assert rows == [2]
+    monkeypatch.setattr(denoisers, "TOGETHER", 1)
+    assert isinstance(together, Image.Image)
+    alone = sdxl.generate("a fox", **tiles)
+    assert isinstance(alone, Image.Image)
+    assert abs(pixels(together) - pixels(alone)).max() <= 1
+    assert len(passes) == 2 * 2
+    assert rows == [2, 2]
+
+
+def test_what_is_prepared_does_not_grow_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of modulation for each prompt, however many tiles have regions."""
+    rows: list[int] = []
+    prepare = FluxTrunk.prepare
+
+    def watched(self: FluxTrunk, text: torch.Tensor, *given: Any) -> Any:
+        rows.append(len(text))
+        return prepare(self, text, *given)
+
+    monkeypatch.setattr(FluxTrunk, "prepare", watched)
+    monkeypatch.setattr(denoisers, "TOGETHER", 8 * 16 * 16)
+    everywhere = Region(prompt="a blue car", mask=Image.new("L", (8, 8), 255))
+    one(**FIELDS | {"steps": 1, "width": 512, "height": 512, "tiled": True, "cfg_scale": 1.0}, regions=[everywhere])
+    assert rows == [2]
+
+
+def test_a_region_costs_nothing_where_it_is_not() -> None:
+    rows: list[int] = []
+    watching = model().family.backbone.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    corner = Region(prompt="a blue car", mask=mask(0, 0, 15, 15))
+    nowhere = Region(prompt="a blue car", mask=mask(0, 0, SIDE, SIDE), scale=0)
+    fields: dict[str, Any] = FIELDS | {"steps": 1, "width": 320, "height": 320, "tiled": True, "cfg_scale": 1.0}
+    try:
+        one(**fields, regions=[corner, nowhere])
+    finally:
+        watching.remove()
+    assert sum(rows) == 9 + 1  # tiles, and the one that holds the corner once more

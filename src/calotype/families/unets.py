@@ -17,9 +17,11 @@ from calotype.backends.openvino import OpenVinoAutoencoder, OpenVinoUNet, accele
 from calotype.control.hints import Hint
 from calotype.errors import RequestError
 from calotype.families.diffusion import DiffusionSettings
-from calotype.families.model import FamilyModel, masked
+from calotype.families.model import FamilyModel, Prepared, masked
+from calotype.nn.attention import in_rows
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.controlnet import ControlNet, ControlNetConfig
+from calotype.nn.embeddings import sinusoid
 from calotype.nn.image_adapter import ImageAdapterConfig, Places
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import KeysAndValues, UNet, UNetConfig
@@ -34,7 +36,7 @@ class UNetConditioning(NamedTuple):
     texts: tuple[
         Tensor, ...
     ]  # b n d, what cross-attention reads, for each group of rows whose prompts are of one length
-    vector: Tensor | None  # b d, pooled text and sizes; None for a UNet without that input
+    vector: Tensor | None  # b d, pooled text; None for a UNet without that input
     pictures: tuple[KeysAndValues, ...] = ()  # of each image prompt, what each cross-attention reads of it
 
 
@@ -96,28 +98,31 @@ class UNetModel(FamilyModel[UNetConditioning]):
     def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
         return noise() if self.diffusion.unit_start else levels.path[0].sigma * noise()
 
-    def denoiser(
-        self,
-        conditioning: UNetConditioning,
-        levels: Sequence[Level],
-        jobs: Sequence[Job],
-        *,
-        hints: Sequence[Hint] = (),
-    ) -> Denoise:
+    def prepared(self, conditioning: UNetConditioning, levels: Sequence[Level], job: Job) -> Prepared:
+        unet = self.unet
         number = {level: i for i, level in enumerate(levels)}
         times = torch.tensor([level.time for level in levels], device=self.device)
         texts, vector, pictures = conditioning
-        prepared = self.unet.prepare(texts, vector, times)
-        estimate = ESTIMATES[self.diffusion.prediction]
-        additions = self._additions(texts, vector, times, hints)
-        shown = {"pictures": _by_attention(pictures, prepared.text)} if pictures else {}
+        read, estimate = unet.read(texts), ESTIMATES[self.diffusion.prediction]
+        shown = {"pictures": _by_attention(pictures, read)} if pictures else {}
+        alike = unet.shifts(None, times) if vector is None else None
 
-        def denoise(x: Tensor, level: Level) -> Tensor:
-            step = number[level]
-            predicted: Tensor = self.unet(x, *prepared.at(step), *additions(x, step), **shown)
-            return estimate(x[:, : predicted.shape[1]], predicted.float(), level)
+        def placed(jobs: Sequence[Job], hints: Sequence[Hint]) -> Denoise:
+            told = None if vector is None else with_sizes(vector, jobs, unet.config.size_width)
+            shifts = alike or unet.shifts(told, times)
+            additions = self._additions(texts, told, times, hints)
+            # OpenVINO's graphs have a row of text for each row of x.
+            text = read if isinstance(unet, UNet) or len(jobs) == 1 else _in_turn(read, len(jobs))
 
-        return denoise
+            def denoise(x: Tensor, level: Level) -> Tensor:
+                step = number[level]
+                now = tuple(shift[step] for shift in shifts)
+                predicted: Tensor = unet(x, now, text, *additions(x, step), **shown)
+                return estimate(x[:, : predicted.shape[1]], predicted.float(), level)
+
+            return denoise
+
+        return placed
 
     def joined(self, conditionings: Sequence[UNetConditioning]) -> UNetConditioning:
         texts: list[Tensor] = []
@@ -195,6 +200,18 @@ def _rows(shown: Sequence[KeysAndValues]) -> KeysAndValues:
     return tuple(
         (torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])) for rows in zip(*shown, strict=True)
     )
+
+
+def with_sizes(vector: Tensor, jobs: Sequence[Job], width: int) -> Tensor:
+    """Pooled text (b d) with the sizes that the network is told of each picture: a row for each, for each prompt."""
+    sizes = torch.tensor([told_sizes(job) for job in jobs], device=vector.device)
+    told = sinusoid(sizes, width).flatten(1).repeat(len(vector), 1)
+    return torch.cat([in_rows(vector.float(), len(told)), told], dim=1)
+
+
+def _in_turn(read: Sequence[KeysAndValues], each: int) -> tuple[KeysAndValues, ...]:
+    """What each cross-attention reads, for so many rows of each text."""
+    return tuple(tuple((in_rows(k, each * len(k)), in_rows(v, each * len(v))) for k, v in groups) for groups in read)
 
 
 def _by_attention(pictures: Sequence[KeysAndValues], text: Sequence[KeysAndValues]) -> tuple[KeysAndValues, ...]:

@@ -22,12 +22,17 @@ from calotype.sampling.spatial import Box, boxes
 C = TypeVar("C")
 
 
-class Part(NamedTuple, Generic[C]):
-    """A tile of a stage, or all of it: a job of its own, and what its prompts became."""
+class Part(NamedTuple):
+    """A tile of a stage, or all of it: a job of its own."""
 
     box: Box
     job: Job
-    read: Read[C]
+
+    @property
+    def regions(self) -> tuple[int, ...]:
+        """The regions that count anywhere in it, by number."""
+        places = enumerate(zip(self.job.regions, self.job.region_masks, strict=True))
+        return tuple(number for number, (region, mask) in places if region.scale and mask.getbbox())
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Stage(NamedTuple, Generic[C]):
     job: Job
     levels: Levels
     scale: int  # pixels a side of one latent
-    parts: tuple[Part[C], ...]
+    read: Read[C]
+    parts: tuple[Part, ...]
     led: tuple[Led, ...]
 
     @property
@@ -85,17 +91,13 @@ def planned(
     jobs = {"": job} | {f"high_res[{number}].": job.at(number) for number in range(len(job.high_res))}
     levels = [_levels(model, each, prefix) for prefix, each in jobs.items()]
     led = [_led(each, networks, prefix) for prefix, each in jobs.items()]
-    scales = [each.height // model.noise_shape(each)[1] for each in jobs.values()]
-    tiles = [
-        [(box, each.within(box, scale)) for box in _boxes(model, each, scale)]
-        for each, scale in zip(jobs.values(), scales, strict=True)
-    ]
-    words = read(model, [own for stage in tiles for _, own in stage], cache)
-    found = iter(with_pictures(model, words, *read_pictures(job, readers, model.memory)))
-    return tuple(
-        Stage(each, path, scale, tuple(Part(box, own, next(found)) for box, own in stage), by)
-        for each, path, scale, stage, by in zip(jobs.values(), levels, scales, tiles, led, strict=True)
-    )
+    words = read(model, list(jobs.values()), cache)
+    words = with_pictures(model, words, *read_pictures(job, readers, model.memory))
+    made: list[Stage[C]] = []
+    for own, path, known, by in zip(jobs.values(), levels, words, led, strict=True):
+        scale = own.height // model.noise_shape(own)[1]
+        made.append(Stage(own, path, scale, known, _parts(model, own, scale), by))
+    return tuple(made)
 
 
 def _levels(model: FamilyModel[C], job: Job, prefix: str) -> Levels:
@@ -105,11 +107,12 @@ def _levels(model: FamilyModel[C], job: Job, prefix: str) -> Levels:
         raise error.under(prefix) from None
 
 
-def _boxes(model: FamilyModel[C], job: Job, scale: int) -> Sequence[Box]:
+def _parts(model: FamilyModel[C], job: Job, scale: int) -> tuple[Part, ...]:
     _, height, width = model.noise_shape(job)
-    if not job.tiled or job.tile_size is None or job.tile_stride is None:
-        return (Box(0, 0, height, width),)
-    return boxes(height, width, job.tile_size // scale, job.tile_stride // scale)
+    tiles: Sequence[Box] = (Box(0, 0, height, width),)
+    if job.tiled and job.tile_size is not None and job.tile_stride is not None:
+        tiles = boxes(height, width, job.tile_size // scale, job.tile_stride // scale)
+    return tuple(Part(box, job.within(box, scale)) for box in tiles)
 
 
 def _led(job: Job, networks: Mapping[str, Leader], prefix: str) -> tuple[Led, ...]:
