@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -44,7 +45,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
-def open_picture(path: str | Path, field: str = "picture") -> Image.Image:
+def open_picture(path: str | os.PathLike[str], field: str = "picture") -> Image.Image:
     """A user's picture, fully decoded. Only PNG, JPEG and WebP of at most 64 million pixels are read.
 
     Raises RequestError naming the field, the file and what is wrong with it; the size is checked before anything is
@@ -54,7 +55,7 @@ def open_picture(path: str | Path, field: str = "picture") -> Image.Image:
         with warnings.catch_warnings():
             # Pillow's own, much higher limit: ours follows.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path, formats=FORMATS)
+            opened = Image.open(Path(path), formats=FORMATS)
         with opened as picture:
             if picture.width * picture.height > MOST_PIXELS:
                 raise _unreadable(field, path, f"it has {picture.width} x {picture.height}")
@@ -127,10 +128,36 @@ def input_picture(given: str | os.PathLike[str] | Image.Image, field: str = "inp
     Raises RequestError naming what cannot be read.
     """
     picture = _opened(given, field)
+    if "controls[" not in field:  # whose numbers may be no colours
+        picture = in_srgb(picture)
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture.convert("RGB")
+    picture = picture.convert("RGB")
+    picture.info = {}  # what the file says of itself is not said of what becomes of it
+    return picture
+
+
+def in_srgb(picture: Image.Image) -> Image.Image:
+    """A picture whose file says what its numbers mean, in the numbers that mean the same in sRGB.
+
+    A profile that cannot be read, or does not fit, says nothing; one of sRGB changes nothing.
+    """
+    profile = picture.info.get("icc_profile")
+    if not profile:
+        return picture
+    from PIL import ImageCms
+
+    mode = "RGBA" if picture.has_transparency_data else "RGB"
+    own = picture.convert(mode) if picture.mode not in ("L", "CMYK", mode) else picture
+    try:
+        known = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(known).lower():
+            return picture
+        made = ImageCms.profileToProfile(own, known, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return picture
+    return picture if made is None else made
 
 
 def opened(request: Request) -> dict[str, Image.Image]:
@@ -149,11 +176,11 @@ def _opened(given: str | os.PathLike[str] | Image.Image, field: str) -> Image.Im
         part = field.split("[")[0]
         option = f"--{OPTIONS.get(part, part)} FILE".replace("_", "-")
         raise RequestError(field, given, f"the picture itself ({option}): this is only the mark by which it is known")
-    picture = given if isinstance(given, Image.Image) else open_picture(Path(given), field)
+    picture = given if isinstance(given, Image.Image) else open_picture(given, field)
     return ImageOps.exif_transpose(picture)
 
 
-def _unreadable(field: str, path: str | Path, why: str) -> RequestError:
+def _unreadable(field: str, path: str | os.PathLike[str], why: str) -> RequestError:
     return RequestError(field, str(path), f"a PNG, JPEG or WebP file of at most {MOST_PIXELS:,} pixels; {why}")
 
 
@@ -161,6 +188,7 @@ def embed_metadata(picture: Image.Image, job: Job, *, model: str, source: str) -
     """Note in `picture.info` what made it, as `save` writes it: an A1111 `parameters` text and a `calotype` JSON."""
     picture.info[A1111_KEY] = a1111_parameters(job, model)
     record: dict[str, Any] = {"version": VERSION, "model": model, "source": source, "job": job.to_dict()}
+    record["follows"] = list(job.follows)
     if job.fingerprints:
         record["pictures"] = dict(job.fingerprints)  # a path may come to lead to another one
     picture.info[KEY] = json.dumps(record, ensure_ascii=False)
@@ -199,7 +227,8 @@ def _quoted(value: object) -> str:
 def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
     """The request that drew a picture, and the record it comes from (version, model, source, job, pictures).
 
-    Sizes that a model was told only because they follow from the picture's own are left open, to follow another.
+    What only followed from other values (tiles, sizes that a model was told) is left open, to follow from others. A
+    relative path that leads nowhere from here is taken from the file's folder, where it leads somewhere from there.
     Raises MetadataError where the file holds none, or none that can be read; RequestError for what is no picture.
     """
     picture = open_picture(path)
@@ -208,14 +237,31 @@ def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
         raise MetadataError(f"{path}: no `{KEY}` text in the file; only PNGs that Calotype wrote can be repeated")
     try:
         record = json.loads(text)
+        _found_beside(Path(path).parent, record["job"])
         job = dict(record["job"])
+        likely = zip(SIZES, (job.get("width"), job.get("height"), 0, 0) * 2, strict=False)
+        # Older files do not say it.
+        follows = set(record.get("follows", [name for name, usual in likely if job.get(name) == usual]))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MetadataError(f"{path}: its `{KEY}` text is damaged ({error}); nothing can be read from it") from error
-    width, height = job.get("width"), job.get("height")
-    for name, usual in zip(SIZES, (width, height, 0, 0, width, height), strict=True):
-        if job.get(name) == usual:
-            job[name] = None
-    return Request.from_dict({name: value for name, value in job.items() if value is not None}), record
+    return Request.from_dict({name: value for name, value in job.items() if name not in follows}), record
+
+
+PLACES = ("input_image", "mask_image", "image", "mask")  # what pictures are called in plain values
+
+
+def _found_beside(folder: Path, values: Any) -> None:  # noqa: ANN401
+    """Take the pictures that relative paths no longer lead to from this folder, where they are there."""
+    if isinstance(values, list):
+        for each in values:  # pyright: ignore[reportUnknownVariableType]
+            _found_beside(folder, each)
+    elif isinstance(values, dict):
+        for name, value in values.items():  # pyright: ignore[reportUnknownVariableType]
+            if name in PLACES and isinstance(value, str):
+                if not os.path.exists(value) and os.path.isfile(folder / value):
+                    values[name] = str(folder / value)
+            else:
+                _found_beside(folder, value)
 
 
 def check_writable(path: Path) -> None:

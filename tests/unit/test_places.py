@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,12 @@ def test_only_what_is_masked_is_drawn_anew(apple: Image.Image) -> None:
     assert np.array_equal(kept[:, : SIDE // 2], drawn[:, : SIDE // 2])
 
 
-def test_a_white_mask_is_no_mask_and_a_black_one_leaves_everything(apple: Image.Image) -> None:
+def test_a_white_mask_is_no_mask_and_a_black_one_is_refused(apple: Image.Image) -> None:
     fields = FIELDS | {"seed": 4, "input_image": apple, "denoising_strength": 0.6}
     white = one(**fields, mask_image=Image.new("L", (SIDE, SIDE), 255))
     assert np.array_equal(pixels(white), pixels(one(**fields)))
-    black = one(**fields, mask_image=Image.new("L", (SIDE, SIDE)), keep_unmasked=True)
-    assert np.array_equal(pixels(black), pixels(apple))
+    with pytest.raises(RequestError, match="mask_image: .*white in it"):
+        one(**fields, mask_image=Image.new("L", (SIDE, SIDE)))
 
 
 def test_nothing_is_left_of_what_a_mask_hides(apple: Image.Image) -> None:
@@ -120,6 +121,25 @@ def test_metadata_repeats_what_was_asked(apple: Image.Image, tmp_path: Path) -> 
     request, record = read_metadata(tmp_path / "out.png")
     assert record["job"]["regions"] == [{"prompt": "a blue car", "mask": str(tmp_path / "mask.png"), "scale": 2.0}]
     assert np.array_equal(pixels(one(**vars(request))), pixels(drawn))
+
+
+def test_a_repeated_picture_may_have_other_margins_and_tiles(apple: Image.Image, tmp_path: Path) -> None:
+    """What followed from them was never asked for."""
+    apple.save(tmp_path / "apple.png")
+    fields = FIELDS | {"steps": 1, "input_image": str(tmp_path / "apple.png"), "tiled": True}
+    save(one(**fields, extend=(0, 0, 64, 0)), tmp_path / "out.png")
+    old, record = read_metadata(tmp_path / "out.png")
+    assert (record["job"]["width"], record["job"]["tile_size"]) == (192, SIDE)
+    assert one(**vars(replace(old, extend=(64, 0, 64, 0), tiled=False))).size == (256, SIDE)
+
+
+def test_what_is_kept_is_kept_beside_any_masks_edge_and_says_nothing(apple: Image.Image) -> None:
+    noted = apple.copy()
+    noted.info |= {"icc_profile": b"what the file said", "dpi": (300, 300)}
+    small = mask(0, 0, 15, 31, side=32)
+    drawn = one(**FIELDS | {"prompt": "a blue car"}, input_image=noted, mask_image=small, keep_unmasked=True)
+    assert np.array_equal(pixels(drawn)[:, 68:], pixels(apple)[:, 68:])
+    assert drawn.info.keys() == apple.info.keys()
 
 
 def test_a_region_that_counts_for_everything_is_its_prompt(apple: Image.Image) -> None:

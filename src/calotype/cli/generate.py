@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -64,13 +64,13 @@ def generate(
     text_tokens: Annotated[int | None, _sampling("N", "Length of the T5 or ChatGLM sequence.")] = None,
     clip_skip: Annotated[int | None, _sampling("N", "CLIP's layer from the end: 1 the last, 2 ...")] = None,
     input_image: Annotated[
-        Path | None, _picture("FILE", "Start from this picture, resized; see --denoising-strength.")
+        str | None, _picture("FILE", "Start from this picture, resized; see --denoising-strength.")
     ] = None,
     denoising_strength: Annotated[
         float | None, _picture("X", "Above 0 to 1: how far --input-image is taken back to noise.")
     ] = None,
     mask_image: Annotated[
-        Path | None, _picture("FILE", "Draw anew what is white in this picture, of the --input-image.")
+        str | None, _picture("FILE", "Draw anew what is white in this picture, of the --input-image.")
     ] = None,
     mask_feather: Annotated[int | None, _picture("PIXELS", "Soften the mask's edge over so many.")] = None,
     keep_unmasked: Annotated[
@@ -206,7 +206,7 @@ def generate(
         request = replace(old, **given)
         sources = sources or _sources(record)
         drawn_by = str(record.get("model"))
-        for path in _changed(request, record):
+        for path in _changed(request, record, given):
             _note(f"{path} is not the picture that {like} was made from: it was changed since")
     elif prompt is None:
         raise typer.BadParameter("give a PROMPT, or --like PNG to repeat a picture")
@@ -312,22 +312,15 @@ def _adapted(request: Request, model: Model[Any], given: dict[str, Any], why: st
     return replace(request, **dict.fromkeys(dropped))
 
 
-def _changed(request: Request, record: dict[str, Any]) -> list[str]:
-    """The files that an old picture was made from, are asked for again, and hold another picture now."""
-    known, before = record.get("pictures", {}), record["job"]
+def _changed(request: Request, record: dict[str, Any], given: Container[str]) -> list[str]:
+    """The files that an old picture was made from, are not given anew, and hold another picture now."""
+    known = record.get("pictures", {})
     named = request.pictures()
     return [
         str(named[name])
         for name, picture in opened(request).items()
-        if name in known and named[name] == _at(before, name) and fingerprint(picture) != known[name]
+        if name in known and re.split(r"\W", name)[0] not in given and fingerprint(picture) != known[name]
     ]
-
-
-def _at(job: Any, name: str) -> object:  # noqa: ANN401
-    """What plain values have under a name such as high_res[0].controls[1].image."""
-    for field in re.findall(r"\w+", name):
-        job = job[int(field) if field.isdigit() else field]
-    return job
 
 
 def _extension(text: str) -> list[int]:
