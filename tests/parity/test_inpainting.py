@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 import calotype
 from calotype.errors import RequestError
 from calotype.generate import Picture, stream
-from calotype.image import filled, mask_tensor
+from calotype.image import filled, mask_tensor, to_tensor
 from calotype.request import Request
 
 PROMPT = "a red fox on the table"
@@ -182,6 +182,19 @@ def test_a_unet_that_takes_the_mask(tmp_path: Path, picture: Image.Image, mask: 
         *_, last = stream(model.family, request, batched_guidance=batched)
         assert isinstance(last, Picture)
         assert_same(np.asarray(last.image, dtype=int), peer, ours(tmp_path, picture, white()))
+
+
+def test_a_thin_place_is_drawn_too(tmp_path: Path, picture: Image.Image) -> None:
+    """The references look at every eighth pixel of a mask, and may miss all of it without a word."""
+    tiny_unets.sd1(tmp_path, DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False), in_channels=9)
+    thin = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(thin).rectangle((3, 0, 5, SIDE), fill=255)
+    family = calotype.load(tmp_path).family
+    beside = family.beside(to_tensor(picture)[None], mask_tensor(thin, SIDE, SIDE))
+    assert beside[0, 0, :, 0].min() == 1
+    assert beside[0, 0, :, 1:].max() == 0
+    with pytest.raises(RequestError, match="mask_image: .*half white somewhere"):
+        ours(tmp_path, picture, Image.new("L", (SIDE, SIDE), 100))
 
 
 def test_flux_fill(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:

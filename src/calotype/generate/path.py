@@ -193,6 +193,8 @@ def _beside(model: FamilyModel[C], job: Job, picture: Image.Image | None) -> Ten
         mask = Image.new("L", (job.width, job.height), 255)
         shown = shown or Image.new("RGB", mask.size)
     drawn = mask_tensor(mask, job.height, job.width)
+    if drawn.max() < 0.5:
+        raise RequestError("mask_image", job.mask_name, "one half white somewhere: this model draws nothing else")
     with model.memory.holding(model.vae):
         return model.beside(to_tensor(shown)[None].to(model.device), drawn.to(model.device))
 
