@@ -119,9 +119,10 @@ def generate(
         _named(
             "--high-res",
             "Large pictures",
-            "WxH[@STRENGTH[@STEPS[@UPSCALER]]]",
+            "WxH[@STRENGTH[@STEPS[@UPSCALER]]][,tiled...]",
             "Draw over the finished picture at this size; repeat it for larger ones. Strength 0.5, the same steps, and "
-            "lanczos (or latent, or the file of an ESRGAN) if not given.",
+            "lanczos (or latent, or the file of an ESRGAN) if not given. For one pass alone may follow: tiled or "
+            "untiled, tile-size=PIXELS, tile-stride=PIXELS, prompt=TEXT, control=KIND=MODEL[:IMG][@SCALE].",
         ),
     ] = None,
     high_res_prompt: Annotated[
@@ -217,7 +218,7 @@ def generate(
         request = _passing(request, "high_res_control", ", ".join(high_res_control), controls=led)
     if high_res_prompt is not None:
         request = _passing(request, "high_res_prompt", high_res_prompt, prompt=high_res_prompt)
-    _check_files(request)
+    check_files(request)
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
@@ -225,22 +226,30 @@ def generate(
     from calotype.cli.progress import progress as shown
 
     show = shown(progress)
-    # The hub shows a progress of its own.
-    with show.waiting(f"loading {', '.join(sources) or 'the built-in model'}") if _local(sources) else nullcontext():
-        from calotype.loading import load
-
-        loaded = load(*sources, device=device, dtype=dtype, memory=memory, backend=backend, storage=_storage(storage))
-    for part, error in loaded.storage_errors.items():
-        what = "its answers" if (backend, part) == ("openvino", "unet") else "its matrices"
-        _note(f"{part} is kept in fewer bits: {what} are off by {error:.1%}")
-    for part, effect in loaded.left_out.items():
-        _note(f"without {part} {effect}")
+    loaded = load_model(sources, show, device=device, dtype=dtype, memory=memory, backend=backend, storage=storage)
     if drawn_by is not None and drawn_by != loaded.name:
         request = _adapted(request, loaded, given, f"{like} was drawn by {drawn_by}; this is {loaded.name}")
     cfg_scale = loaded.family.defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
     if request.negative_prompt and cfg_scale == 1:
         _note("negative_prompt has no effect where cfg_scale is 1")
     draw(loaded, request, target, preview, show)
+
+
+def load_model(
+    sources: list[str], show: Silent, *, backend: str, storage: list[str] | None, **options: str | None
+) -> Model[Any]:
+    """The model in these sources (none: the built-in), and a note for all that it does without."""
+    # The hub shows a progress of its own.
+    with show.waiting(f"loading {', '.join(sources) or 'the built-in model'}") if _local(sources) else nullcontext():
+        from calotype.loading import load
+
+        loaded = load(*sources, backend=backend, storage=_storage(storage), **options)  # type: ignore[arg-type]
+    for part, error in loaded.storage_errors.items():
+        what = "its answers" if (backend, part) == ("openvino", "unet") else "its matrices"
+        _note(f"{part} is kept in fewer bits: {what} are off by {error:.1%}")
+    for part, effect in loaded.left_out.items():
+        _note(f"without {part} {effect}")
+    return loaded
 
 
 def _passing(request: Request, option: str, given: str, **values: Any) -> Request:
@@ -250,7 +259,7 @@ def _passing(request: Request, option: str, given: str, **values: Any) -> Reques
     return replace(request, high_res=tuple(replace(each, **values) for each in request.high_res))
 
 
-def _check_files(request: Request) -> None:
+def check_files(request: Request) -> None:
     """Not to find out after loading a model that they cannot be read."""
     opened(request)
     upscalers = {each.upscaler for each in request.high_res}.difference(UPSCALERS)
@@ -338,7 +347,7 @@ def _regions(texts: list[str]) -> list[dict[str, Any]]:
         mask, equals, rest = text.partition("=")
         if not (mask and equals):
             raise RequestError(f"regions[{number}]", text, 'MASK=PROMPT[@SCALE], as left.png="a red fox@2"')
-        found = re.fullmatch(r"(.*)@(\d+(?:\.\d+)?)", rest, re.DOTALL)
+        found = re.fullmatch(rf"(.*)@({NUMBER})", rest, re.DOTALL)
         values = {"prompt": rest} if found is None else {"prompt": found[1], "scale": float(found[2])}
         made.append({"mask": mask, **values})
     return made
@@ -373,21 +382,48 @@ def _image_prompts(texts: list[str]) -> list[dict[str, Any]]:
     return made
 
 
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"  # what it may be is not the command line's to say
+
 _PATH = r"(?:[A-Za-z]:(?=[\\/]))?[^:]+?"  # a drive before it, or none
 
 
+_MORE = r",(?=(?:tiled|untiled)(?:,|$)|(?:tile-size|tile-stride|prompt|control)=)"  # what only one pass has
+
+
 def _high_res(texts: list[str]) -> list[dict[str, Any]]:
-    """WxH[@STRENGTH[@STEPS[@UPSCALER]]], each."""
+    """WxH[@STRENGTH[@STEPS[@UPSCALER]]][,tiled...], each."""
     made: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        found = re.fullmatch(r"(\d+)[xX](\d+)(?:@(\d*\.?\d+)(?:@(\d+)(?:@(.+))?)?)?", text)
+        place, *more = re.split(_MORE, text)
+        found = re.fullmatch(r"(\d+)[xX](\d+)(?:@(\d*\.?\d+)(?:@(\d+)(?:@(.+))?)?)?", place)
         if found is None:
-            allowed = "WIDTHxHEIGHT[@STRENGTH[@STEPS[@UPSCALER]]], as 2048x2048@0.5@20"
+            allowed = "WIDTHxHEIGHT[@STRENGTH[@STEPS[@UPSCALER]]][,tiled...], as 2048x2048@0.5@20,tiled,tile-size=1024"
             raise RequestError(f"high_res[{number}]", text, allowed)
         kinds = {"width": int, "height": int, "strength": float, "steps": int, "upscaler": str}
         pairs = zip(kinds.items(), found.groups(), strict=True)
-        made.append({name: kind(value) for (name, kind), value in pairs if value is not None})
+        values: dict[str, Any] = {name: kind(value) for (name, kind), value in pairs if value is not None}
+        try:
+            made.append(values | _of_one_pass(more))
+        except RequestError as error:
+            raise error.under(f"high_res[{number}].") from None
     return made
+
+
+def _of_one_pass(texts: list[str]) -> dict[str, Any]:
+    """tiled, untiled, NAME=VALUE, each."""
+    values: dict[str, Any] = {}
+    controls: list[str] = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            values["tiled"] = text == "tiled"
+        elif name == "control":
+            controls.append(value)
+        elif name == "prompt":
+            values["prompt"] = value
+        else:
+            values[name.replace("-", "_")] = int(value) if value.isdecimal() else value
+    return values | ({"controls": _controls(controls)} if controls else {})
 
 
 LORA = re.compile(r"<lora:([^:<>]+)(?::([-+]?(?:\d+(?:\.\d*)?|\.\d+)))?(?::[^<>]*)?>")
@@ -462,7 +498,11 @@ class Target:
         path = Path(out or ".")
         if out and out.endswith(("/", os.sep)):
             try:
-                path.mkdir(exist_ok=True)
+                if not path.is_dir():
+                    # A trial: what is still wrong with the request must leave no empty folder.
+                    path.mkdir()
+                    path.rmdir()
+                    return cls(path)
             except OSError as error:
                 raise OutputError(f"{path}: the folder could not be made ({error})") from error
         if path.is_dir():
@@ -476,9 +516,10 @@ class Target:
         return cls(path.parent, files)
 
     def path(self, number: int, prompt: str, seed: int) -> Path:
-        """Where picture `number` (from 0) goes: its own file, or a new name in the folder."""
+        """Where picture `number` (from 0) goes: its own file, or a new name in the folder, which is made if need be."""
         if self.files:
             return self.files[number]
+        self.folder.mkdir(exist_ok=True)
         stem = f"{slug(prompt)}-{seed}"
         path, copy = self.folder / f"{stem}.png", 1
         while path.exists():
