@@ -113,7 +113,7 @@ class FluxModel(FamilyModel[FluxConditioning]):
             additions = self._additions(conditioning, list(number), job, hints)
 
             def denoise(x: Tensor, level: Level) -> Tensor:
-                x = in_rows(x, len(conditioning.text) * len(jobs))
+                x = in_rows(x, max(len(x), len(conditioning.text)))
                 step, image = number[level.time], to_tokens(x, patch)
                 tokens = network(image, ready, step, additions(image, step))
                 velocity = to_latent(tokens.float(), rows, columns, patch)
