@@ -25,6 +25,7 @@ what the constructor took, so that errors can be pickled from one process to ano
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 
@@ -44,8 +45,12 @@ class RequestError(CalotypeError, ValueError):
         self.value = value
         self.allowed = allowed
 
+    def under(self, prefix: str) -> RequestError:
+        """The same of a field of a part: high_res[0].steps."""
+        return RequestError(prefix + self.field, self.value, self.allowed)
+
     def __str__(self) -> str:
-        shown = repr(self.value)
+        shown = repr(os.fspath(self.value) if isinstance(self.value, os.PathLike) else self.value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType]
         if len(shown) > 80:
             # Both ends: a path's tells the file.
             shown = f"{shown[:40]} ... {shown[-30:]} ({len(shown):,} characters)"

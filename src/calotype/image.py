@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
@@ -44,7 +45,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
 
 
-def open_picture(path: str | Path, field: str = "picture") -> Image.Image:
+def open_picture(path: str | os.PathLike[str], field: str = "picture") -> Image.Image:
     """A user's picture, fully decoded. Only PNG, JPEG and WebP of at most 64 million pixels are read.
 
     Raises RequestError naming the field, the file and what is wrong with it; the size is checked before anything is
@@ -54,7 +55,7 @@ def open_picture(path: str | Path, field: str = "picture") -> Image.Image:
         with warnings.catch_warnings():
             # Pillow's own, much higher limit: ours follows.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path, formats=FORMATS)
+            opened = Image.open(Path(path), formats=FORMATS)
         with opened as picture:
             if picture.width * picture.height > MOST_PIXELS:
                 raise _unreadable(field, path, f"it has {picture.width} x {picture.height}")
@@ -92,16 +93,71 @@ def mask_tensor(mask: Image.Image, height: int, width: int) -> Tensor:
     return F.adaptive_avg_pool2d(values, (height, width))
 
 
+def filled(picture: Image.Image, mask: Image.Image) -> Image.Image:
+    """A picture that is made of its surroundings where a mask of its size is white; greys are in between.
+
+    Push and pull (Gortler et al. 1996, "The Lumigraph", section 3.4): what is known is averaged to half the size and
+    so on, and what is not known taken from the first such size that has something there, going over smoothly.
+    """
+    import torch.nn.functional as F
+
+    def smaller(x: Tensor) -> Tensor:
+        kernel, stride, padding = ([over if side > 1 else one for side in x.shape[2:]] for over, one in _OVERLAPPING)
+        return F.avg_pool2d(x, kernel, stride, padding)
+
+    def of(colours: Tensor, known: Tensor) -> Tensor:
+        """Colours times how far they are known, and that -> colours everywhere."""
+        if known.min() == 1 or known.shape[2:].numel() == 1:
+            return colours / known.clamp(min=1e-6)
+        share = smaller(known)
+        surely = (16 * share).clamp(max=1)
+        means = smaller(colours) / share.clamp(min=1e-6)
+        around = F.interpolate(of(means * surely, surely), size=known.shape[2:], mode="bilinear")
+        return colours + (1 - known) * around
+
+    known = 1 - mask_tensor(mask, picture.height, picture.width)
+    return to_pil(of(to_tensor(picture) * known, known)[0])
+
+
+_OVERLAPPING = (4, 1), (2, 1), (1, 0)  # kernel, stride and padding that halve a side, and that leave one of 1
+
+
 def input_picture(given: str | os.PathLike[str] | Image.Image, field: str = "input_image") -> Image.Image:
     """A picture to start from: opened if it is a path, turned as its camera was held, on white where it is clear.
 
     Raises RequestError naming what cannot be read.
     """
     picture = _opened(given, field)
+    if "controls[" not in field:  # whose numbers may be no colours
+        picture = in_srgb(picture)
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return picture.convert("RGB")
+    picture = picture.convert("RGB")
+    picture.info = {}  # what the file says of itself is not said of what becomes of it
+    return picture
+
+
+def in_srgb(picture: Image.Image) -> Image.Image:
+    """A picture whose file says what its numbers mean, in the numbers that mean the same in sRGB.
+
+    A profile that cannot be read, or does not fit, says nothing; one of sRGB changes nothing.
+    """
+    profile = picture.info.get("icc_profile")
+    if not profile:
+        return picture
+    from PIL import ImageCms
+
+    mode = "RGBA" if picture.has_transparency_data else "RGB"
+    own = picture.convert(mode) if picture.mode not in ("L", "CMYK", mode) else picture
+    try:
+        known = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(known).lower():
+            return picture
+        made = ImageCms.profileToProfile(own, known, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return picture
+    return picture if made is None else made
 
 
 def opened(request: Request) -> dict[str, Image.Image]:
@@ -120,7 +176,7 @@ def _opened(given: str | os.PathLike[str] | Image.Image, field: str) -> Image.Im
         part = field.split("[")[0]
         option = f"--{OPTIONS.get(part, part)} FILE".replace("_", "-")
         raise RequestError(field, given, f"the picture itself ({option}): this is only the mark by which it is known")
-    picture = given if isinstance(given, Image.Image) else open_picture(Path(given), field)
+    picture = given if isinstance(given, Image.Image) else open_picture(given, field)
     return _of_eight_bits(ImageOps.exif_transpose(picture), field)
 
 
@@ -146,7 +202,7 @@ def _of_eight_bits(picture: Image.Image, field: str) -> Image.Image:
     return grey
 
 
-def _unreadable(field: str, path: str | Path, why: str) -> RequestError:
+def _unreadable(field: str, path: str | os.PathLike[str], why: str) -> RequestError:
     return RequestError(field, str(path), f"a PNG, JPEG or WebP file of at most {MOST_PIXELS:,} pixels; {why}")
 
 
@@ -161,6 +217,7 @@ def embed_metadata(
     record: dict[str, Any] = {"version": VERSION, "model": model, "source": source, "job": job.to_dict()}
     if attached:
         record["attached"] = list(attached)
+    record["follows"] = list(job.follows)
     if job.fingerprints:
         record["pictures"] = dict(job.fingerprints)  # a path may come to lead to another one
     picture.info[KEY] = json.dumps(record, ensure_ascii=False)
@@ -200,7 +257,8 @@ def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
     """The request that drew a picture, and the record it comes from (version, model, source, job, attached, pictures).
 
     Adapters that were attached to the model are among the request's `loras`: a plain model draws the picture again.
-    Sizes that a model was told only because they follow from the picture's own are left open, to follow another.
+    What only followed from other values (tiles, sizes that a model was told) is left open, to follow from others. A
+    relative path that leads nowhere from here is taken from the file's folder, where it leads somewhere from there.
     Raises MetadataError where the file holds none, or none that can be read; RequestError for what is no picture.
     """
     picture = open_picture(path)
@@ -209,18 +267,35 @@ def read_metadata(path: str | Path) -> tuple[Request, dict[str, Any]]:
         raise MetadataError(f"{path}: no `{KEY}` text in the file; only PNGs that Calotype wrote can be repeated")
     try:
         record = json.loads(text)
+        _found_beside(Path(path).parent, record["job"])
         job = dict(record["job"])
         scales: dict[str, float] = {}
         for each in [*record.get("attached", []), *job.get("loras", [])]:
             scales[each["file"]] = scales.get(each["file"], 0) + each.get("scale", 1)
         job["loras"] = [{"file": file, "scale": scale} for file, scale in scales.items()]
+        likely = zip(SIZES, (job.get("width"), job.get("height"), 0, 0) * 2, strict=False)
+        # Older files do not say it.
+        follows = set(record.get("follows", [name for name, usual in likely if job.get(name) == usual]))
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise MetadataError(f"{path}: its `{KEY}` text is damaged ({error}); nothing can be read from it") from error
-    width, height = job.get("width"), job.get("height")
-    for name, usual in zip(SIZES, (width, height, 0, 0, width, height), strict=True):
-        if job.get(name) == usual:
-            job[name] = None
-    return Request.from_dict({name: value for name, value in job.items() if value is not None}), record
+    return Request.from_dict({name: value for name, value in job.items() if name not in follows}), record
+
+
+PLACES = ("input_image", "mask_image", "image", "mask")  # what pictures are called in plain values
+
+
+def _found_beside(folder: Path, values: Any) -> None:  # noqa: ANN401
+    """Take the pictures that relative paths no longer lead to from this folder, where they are there."""
+    if isinstance(values, list):
+        for each in values:  # pyright: ignore[reportUnknownVariableType]
+            _found_beside(folder, each)
+    elif isinstance(values, dict):
+        for name, value in values.items():  # pyright: ignore[reportUnknownVariableType]
+            if name in PLACES and isinstance(value, str):
+                if not os.path.exists(value) and os.path.isfile(folder / value):
+                    values[name] = str(folder / value)
+            else:
+                _found_beside(folder, value)
 
 
 def check_writable(path: Path) -> None:

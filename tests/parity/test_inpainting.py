@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw
 import calotype
 from calotype.errors import RequestError
 from calotype.generate import Picture, stream
+from calotype.image import filled, mask_tensor, to_tensor
 from calotype.request import Request
 
 PROMPT = "a red fox on the table"
@@ -35,9 +36,11 @@ SIDE, STEPS, SEED = 64, 3, 3
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def picture(mask: Image.Image) -> Image.Image:
+    """The mask's place is what it would be filled with, to have the references encode the same."""
     small = np.random.default_rng(5).integers(0, 255, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    large = Image.fromarray(small).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return filled(large, mask)
 
 
 @pytest.fixture
@@ -99,6 +102,46 @@ def test_stable_diffusion_3(tmp_path: Path, picture: Image.Image, mask: Image.Im
     assert_same(ours(tmp_path, picture, mask, **fields), peer, ours(tmp_path, picture, white(), **fields))
 
 
+PROCESS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FROM_NOISE = {
+    "sd1": DDIMScheduler(**PROCESS, clip_sample=False, timestep_spacing="trailing"),
+    "sd1, leading": EulerDiscreteScheduler(**PROCESS, timestep_spacing="leading", steps_offset=1),
+    "sdxl": EulerDiscreteScheduler(**PROCESS, timestep_spacing="leading", steps_offset=1),
+}
+
+
+@pytest.mark.parametrize("name", FROM_NOISE)
+def test_noise_alone_where_the_mask_is(tmp_path: Path, picture: Image.Image, mask: Image.Image, name: str) -> None:
+    """At strength 1, for processes whose noisiest level holds some of the picture.
+
+    The references begin with noise alone also where the picture is kept, and put that back after the first step; here
+    it is there from the start, as at all other levels. What they begin with is made so.
+    """
+    scheduler = FROM_NOISE[name]
+    if name == "sdxl":
+        built = tiny_unets.sdxl(tmp_path, scheduler)
+        parts = {part: value for part, value in built.components.items() if part != "image_encoder"}
+        pipeline = StableDiffusionXLInpaintPipeline(**parts)
+    else:
+        pipeline = StableDiffusionInpaintPipeline(
+            **tiny_unets.sd1(tmp_path, scheduler).components, requires_safety_checker=False
+        )
+    prepare: Any = pipeline.prepare_latents
+
+    def prepared(*given: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        begun, noise, known = prepare(*given, **settings)
+        hidden = mask_tensor(mask, *begun.shape[2:])
+        kept = pipeline.scheduler.add_noise(known, noise, pipeline.scheduler.timesteps[:1])
+        return kept.lerp(begun, hidden), noise, known
+
+    pipeline.prepare_latents = prepared
+    peer = theirs(pipeline, picture, mask, strength=1.0, guidance_scale=3.0)
+    assert_same(ours(tmp_path, picture, mask), peer, ours(tmp_path, picture, white()))
+    other = picture.copy()
+    other.paste((0, 0, 255), (8, 24, 24, 56))
+    assert np.array_equal(ours(tmp_path, other, mask), ours(tmp_path, picture, mask))
+
+
 def test_sdxl(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:
     """At half strength, over the same levels: the reference takes the second half of those that it is given."""
     scheduler = EulerDiscreteScheduler(
@@ -139,6 +182,19 @@ def test_a_unet_that_takes_the_mask(tmp_path: Path, picture: Image.Image, mask: 
         *_, last = stream(model.family, request, batched_guidance=batched)
         assert isinstance(last, Picture)
         assert_same(np.asarray(last.image, dtype=int), peer, ours(tmp_path, picture, white()))
+
+
+def test_a_thin_place_is_drawn_too(tmp_path: Path, picture: Image.Image) -> None:
+    """The references look at every eighth pixel of a mask, and may miss all of it without a word."""
+    tiny_unets.sd1(tmp_path, DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False), in_channels=9)
+    thin = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(thin).rectangle((3, 0, 5, SIDE), fill=255)
+    family = calotype.load(tmp_path).family
+    beside = family.beside(to_tensor(picture)[None], mask_tensor(thin, SIDE, SIDE))
+    assert beside[0, 0, :, 0].min() == 1
+    assert beside[0, 0, :, 1:].max() == 0
+    with pytest.raises(RequestError, match="mask_image: .*half white somewhere"):
+        ours(tmp_path, picture, Image.new("L", (SIDE, SIDE), 100))
 
 
 def test_flux_fill(tmp_path: Path, picture: Image.Image, mask: Image.Image) -> None:

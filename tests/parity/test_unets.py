@@ -24,6 +24,7 @@ from torch import Tensor
 import calotype
 from calotype.families.sd1 import Sd1Model
 from calotype.families.sdxl import SdxlModel
+from calotype.families.unets import with_sizes
 
 PROMPT, NEGATIVE = "a red fox on the table", "blue dog"
 SIZE = {"width": 96, "height": 64}
@@ -158,7 +159,8 @@ def test_unets_and_encoders(tmp_path: Path) -> None:
         sizes = torch.tensor([[64.0, 96.0, 0.0, 0.0, 64.0, 96.0]])
         added = {"text_embeds": pooled, "time_ids": sizes}
         reference = pipeline.unet(x, time, encoder_hidden_states=embeds, added_cond_kwargs=added).sample
-        prepared = model.unet.prepare(conditioning.texts, conditioning.vector, time)
+        told = with_sizes(conditioning.vector, [job], model.unet.config.size_width)
+        prepared = model.unet.prepare(conditioning.texts, told, time)
         assert_near(model.unet(x, *prepared.at(0)), reference)
 
 

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from calotype.cli.generate import _loras_in as loras_in
 from calotype.cli.main import app, main
 from calotype.cli.output import columns, size
 from calotype.errors import DamagedFile, OutputError, RequestError
+from calotype.families import flux, hunyuan_dit, kolors, sd1, sd3, sdxl
 from calotype.families.flux import FluxModel
 from calotype.generate import Events, Model
 from calotype.image import read_metadata, save, to_pil
@@ -927,7 +930,7 @@ def test_columns_are_aligned_and_empty_ones_left_out() -> None:
 # ---- help
 
 
-@pytest.mark.parametrize("command", ["", "generate", "info", "convert", "models", "annotate", "doctor"])
+@pytest.mark.parametrize("command", ["", "generate", "batch", "info", "convert", "models", "annotate", "doctor"])
 def test_help_is_as_it_was_written(command: str, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
     """Words only: frames, colours and the names of types are typer's. `CALOTYPE_WRITE_HELP=1` writes them anew."""
     for name, value in (("COLUMNS", "100"), ("TERM", "dumb"), ("NO_COLOR", "1")):
@@ -1154,3 +1157,132 @@ def test_a_lora_that_a_prompt_does_not_name_clearly_is_refused(prompt: str, opti
 def test_an_upscaler_is_read_from_the_option_of_a_pass() -> None:
     wanted = {"width": 96, "height": 96, "strength": 1.0, "steps": 2, "upscaler": "up/4x@b.pth"}
     assert READ["high_res"](["96x96@1@2@up/4x@b.pth"]) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("96x96,tiled", {"tiled": True}),
+        ("96x96@0.5,untiled,prompt=", {"strength": 0.5, "tiled": False, "prompt": ""}),
+        ("96x96,tiled,tile-size=64,tile-stride=32", {"tiled": True, "tile_size": 64, "tile_stride": 32}),
+        ("96x96,prompt=a fox, tiled, in snow,tiled", {"prompt": "a fox, tiled, in snow", "tiled": True}),
+        ("96x96@1@2@a,b.pth,tiled", {"strength": 1.0, "steps": 2, "upscaler": "a,b.pth", "tiled": True}),
+        (
+            "96x96,control=tile=a.pth@0.5,control=canny=b.pth:c.png",
+            {
+                "controls": [
+                    {"kind": "tile", "model": "a.pth", "scale": 0.5},
+                    {"kind": "canny", "model": "b.pth", "image": "c.png"},
+                ]
+            },
+        ),
+    ],
+)
+def test_a_pass_says_what_is_its_own(text: str, wanted: dict[str, Any]) -> None:
+    assert READ["high_res"]([text]) == [{"width": 96, "height": 96, **wanted}]
+
+
+def test_what_is_wrong_with_a_pass_is_said_by_its_field() -> None:
+    with pytest.raises(RequestError, match=r"high_res\[1\]\.controls\[0\]: "):
+        READ["high_res"](["96x96", "96x96,control=none"])
+    with pytest.raises(RequestError, match=r"high_res\[0\]\.tile_size: got 'large'"):
+        Request.from_dict({"prompt": "", "high_res": READ["high_res"](["96x96,tiled,tile-size=large"])})
+    with pytest.raises(RequestError, match=r"high_res\[0\]: got '96x96,tilde'"):
+        READ["high_res"](["96x96,tilde"])
+
+
+@pytest.mark.parametrize(("text", "scale"), [("@-1", -1.0), ("@.5", 0.5), ("@2e1", 20.0), ("@3.", 3.0)])
+def test_any_number_at_the_end_of_a_region_is_its_scale(text: str, scale: float) -> None:
+    assert READ["regions"]([f"m.png=a fox{text}"]) == [{"mask": "m.png", "prompt": "a fox", "scale": scale}]
+
+
+DEFAULTS_OF = {
+    "sd1": sd1.DEFAULTS,
+    "sdxl": sdxl.DEFAULTS,
+    "sd3": sd3.DEFAULTS["medium"],
+    "kolors": kolors.DEFAULTS,
+    "hunyuan_dit": hunyuan_dit.DEFAULTS,
+    "flux": flux.DEV_DEFAULTS,
+    "turbo": sdxl.TURBO_DEFAULTS,
+}
+
+
+def test_the_one_liners_of_the_guide_are_the_recipes_of_the_example(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(__file__).parents[2]
+    found = re.search(
+        r"### One line for each family.*?```sh\n(.*?)```", (root / "docs/guide/pictures.md").read_text(), re.S
+    )
+    assert found is not None
+    lines = [shlex.split(line) for line in found[1].replace("\\\n", " ").splitlines() if line.startswith("calotype")]
+    recipes = runpy.run_path(str(root / "examples/high_resolution.py"))["RECIPES"]
+    Image.new("RGB", (512, 512)).save("black-car.png")
+    requests: list[Request] = []
+    stream = loader.model.stream
+
+    def watched(request: Request) -> Events:
+        requests.append(request)
+        return stream(Request(prompt="a fox"))
+
+    monkeypatch.setattr(loader.model, "stream", watched)
+    for line in lines:
+        assert main(line[1:]) == 0
+    assert len(requests) == len(recipes) == len(DEFAULTS_OF)
+    for request, (family, recipe) in zip(requests, recipes.items(), strict=True):
+        plain = replace(request, prompt="", input_image=None, denoising_strength=None)
+        passes = tuple(replace(each, controls=None, tiled=bool(each.tiled)) for each in plain.high_res)
+        wanted = Request.from_dict({"prompt": "", **recipe})
+        made, asked = (
+            replace(each.complete(DEFAULTS_OF[family], seed=0), follows=())
+            for each in (replace(plain, high_res=passes), wanted)
+        )
+        assert made == asked
+        if family == "sd1":
+            assert [[control.kind for control in each.controls or ()] for each in request.high_res] == [
+                ["tile", "lineart"]
+            ] * 3
+
+
+# ---- batch
+
+
+def test_a_file_of_requests_is_drawn_with_one_model(loader: Loader, capsys: Said) -> None:
+    lines = [{"prompt": "a fox", "seed": 1}, {"prompt": "a goose", "seed": 2, "steps": 1, "count": 2}]
+    Path("all.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert main(["batch", "all.jsonl", "--out", "there", "--model", "x", "--device=cpu"]) == 0
+    names = [str(Path("there") / name) for name in ("a-fox-1.png", "a-goose-2.png", "a-goose-3.png")]
+    assert capsys.readouterr().out.split() == names
+    assert read_metadata(names[1])[0].steps == 1
+    assert [sources for sources, _ in loader.calls] == [("x",)]
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "loaded"),
+    [
+        ("{", "line 2: request: got '{'.*JSON", 0),
+        ("[1]", "line 2: request: .*an object", 0),
+        ('{"prompt": "a fox", "stepz": 3}', "line 2: stepz: got 3", 0),
+        ('{"prompt": "a fox", "steps": 0}', "line 2: steps: got 0", 0),
+        ('{"prompt": "a fox", "input_image": "none.png"}', "line 2: input_image: .*No such file", 0),
+        ('{"prompt": "a fox", "width": 33}', "line 2: width: got 33", 1),
+        (
+            '{"prompt": "", "input_image": "s.png", "schedule": "simple", "steps": 1000}',
+            "line 2: steps: .*at most 700",
+            1,
+        ),
+    ],
+)
+def test_a_file_of_requests_is_checked_whole(loader: Loader, capsys: Said, text: str, said: str, loaded: int) -> None:
+    Image.new("RGB", (32, 32)).save("s.png")
+    Path("all.jsonl").write_text('{"prompt": "a fox"}\n' + text)
+    assert main(["batch", "all.jsonl", "--out", "there"]) == 2
+    assert re.search(said, one_line(capsys))
+    assert len(loader.calls) == loaded
+    assert not Path("there").exists()
+
+
+def test_a_request_that_is_refused_leaves_no_folder(loader: Loader, capsys: Said) -> None:
+    assert main(["generate", "a fox", "--width", "33", "--out", "new/"]) == 2
+    assert "nearest valid size" in one_line(capsys)
+    assert not Path("new").exists()

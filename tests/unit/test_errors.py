@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from pathlib import PurePosixPath
 
 import pytest
 
@@ -38,6 +39,11 @@ def test_common_python_errors_catch_ours_too() -> None:
     assert issubclass(RequestError, ValueError)
     assert issubclass(errors.SourceNotFound, FileNotFoundError)
     assert issubclass(OutputError, OSError)
+
+
+def test_a_path_is_said_as_it_was_given() -> None:
+    assert str(RequestError("file", PurePosixPath("a/b.png"), "another")) == "file: got 'a/b.png'; allowed: another"
+    assert RequestError("steps", 0, "more").under("high_res[0].").field == "high_res[0].steps"
 
 
 def test_a_request_error_names_field_value_and_what_is_allowed() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,14 @@ import torch
 from PIL import Image
 from tiny import flux_model
 
+from calotype.control.hints import Hint
 from calotype.errors import NonFiniteImage, RequestError
 from calotype.families.flux import FluxModel
+from calotype.families.model import Prepared
 from calotype.generate import Model, Picture, Progress, stream
-from calotype.request import Request
-from calotype.sampling.samplers import SAMPLERS
+from calotype.request import Job, Request
+from calotype.sampling.levels import Level
+from calotype.sampling.samplers import SAMPLERS, Denoise
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +92,22 @@ def test_closing_early_frees_everything(family: FluxModel) -> None:
     import weakref
 
     alive: list[weakref.ref[torch.Tensor]] = []
-    denoiser = family.denoiser
+    prepared = family.prepared
 
-    def watched(*arguments: object, **named: object) -> object:
-        denoise = denoiser(*arguments, **named)  # type: ignore[arg-type]
+    def watched(*arguments: Any) -> Prepared:
+        def placed(jobs: Sequence[Job], hints: Sequence[Hint]) -> Denoise:
+            denoise = prepared(*arguments)(jobs, hints)
 
-        def watching(x: torch.Tensor, level: object) -> torch.Tensor:
-            clean = denoise(x, level)  # type: ignore[arg-type]
-            alive.append(weakref.ref(clean))
-            return clean
+            def watching(x: torch.Tensor, level: Level) -> torch.Tensor:
+                clean = denoise(x, level)
+                alive.append(weakref.ref(clean))
+                return clean
 
-        return watching
+            return watching
 
-    family.denoiser = watched  # type: ignore[method-assign]
+        return placed
+
+    family.prepared = watched  # type: ignore[method-assign]
     try:
         with closing(stream(family, Request(prompt="a fox", seed=1, steps=4))) as events:
             event = next(events)
@@ -111,7 +119,7 @@ def test_closing_early_frees_everything(family: FluxModel) -> None:
         assert len(alive) == 1
         assert alive[0]() is None
     finally:
-        del family.denoiser  # type: ignore[misc]
+        del family.prepared  # type: ignore[misc]
 
 
 def test_a_non_finite_picture_is_an_error() -> None:

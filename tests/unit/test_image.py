@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from calotype.errors import MetadataError, OutputError, RequestError
@@ -27,6 +27,7 @@ from calotype.image import (
     a1111_parameters,
     check_writable,
     embed_metadata,
+    filled,
     input_picture,
     mask_picture,
     open_picture,
@@ -35,7 +36,7 @@ from calotype.image import (
     to_pil,
     to_tensor,
 )
-from calotype.request import SIZES, Job, Request
+from calotype.request import SIZES, Job, Region, Request
 from calotype.version import VERSION
 
 JOB = Job(
@@ -432,7 +433,8 @@ def test_a_start_that_cannot_be_read_is_refused_by_its_field(
 
 def test_sizes_that_follow_from_the_picture_stay_open(tmp_path: Path) -> None:
     told = {"original_width": 64, "original_height": 48, "crop_left": 0, "crop_top": 5, "target_width": 64}
-    job = replace(JOB, width=64, height=48, target_height=99, **told)
+    follows = ("original_width", "original_height", "crop_left", "target_width")
+    job = replace(JOB, width=64, height=48, target_height=99, follows=follows, **told)
     picture = Image.new("RGB", (64, 48))
     embed_metadata(picture, job, model="sdxl/base", source="x")
     save(picture, tmp_path / "x.png")
@@ -482,3 +484,77 @@ def test_pictures_of_other_numbers_are_refused(picture: Image.Image, allowed: st
         with pytest.raises(RequestError, match=allowed) as caught:
             read(picture, field)
         assert caught.value.field == field
+
+
+def filling(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.asarray(filled(Image.fromarray(picture), Image.fromarray(mask)))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (8, 512), (9, 7), (1, 5)])
+def test_a_place_is_filled_from_its_surroundings(height: int, width: int) -> None:
+    picture = np.random.default_rng(1).integers(20, 200, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), np.uint8)
+    mask[:, width // 4 : width // 4 * 3 + 1] = 255
+    made = filling(picture, mask)
+    known, hidden = mask == 0, mask > 0
+    assert np.array_equal(made[known], picture[known])
+    assert picture[known].min() <= made[hidden].min() <= made[hidden].max() <= picture[known].max()
+    assert np.array_equal(filling(made, mask), made)
+    assert np.array_equal(filling(np.where(hidden[..., None], np.uint8(255), picture), mask), made)
+    assert np.array_equal(filling(picture, np.zeros_like(mask)), picture)
+
+
+def test_a_fill_goes_over_softly() -> None:
+    ramp = np.broadcast_to(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], (64, 64, 3)).copy()
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    made = filling(ramp, mask).astype(int)
+    assert abs(made - ramp).max() < 64
+    assert abs(np.diff(made, axis=1)).max() < 25  # no edge where the place begins
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def linear_profile() -> bytes:
+    """sRGB's, under another name and with a straight line for its tone curves."""
+    made = bytearray(SRGB)
+    (count,) = struct.unpack(">I", made[128:132])
+    entries = [struct.unpack(">4sII", made[at : at + 12]) for at in range(132, 132 + 12 * count, 12)]
+    places = {tag: slice(place, place + length) for tag, place, length in entries}
+    made[places[b"desc"]] = made[places[b"desc"]].replace(b"s\0R\0G\0B", b"m\0i\0n\0e")
+    curve = places[b"rTRC"].start  # of all three colours
+    made[curve : curve + 16] = b"curv" + struct.pack(">IIHH", 0, 1, 256, 0)
+    return bytes(made)
+
+
+def test_a_start_with_a_profile_shows_its_colours(tmp_path: Path) -> None:
+    grey = Image.new("RGB", (8, 8), (128, 128, 128))
+    grey.save(tmp_path / "x.png", icc_profile=linear_profile())
+    for field in ("input_image", "image_prompts[0].image"):
+        made = input_picture(tmp_path / "x.png", field)
+        assert made.getpixel((0, 0)) == pytest.approx((188, 188, 188), abs=1)  # half the light
+        assert not made.info
+    assert input_picture(tmp_path / "x.png", "controls[0].image").getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("profile", [b"broken", b"", SRGB])
+def test_a_profile_that_says_nothing_changes_nothing(tmp_path: Path, profile: bytes) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    picture.save(tmp_path / "x.png", icc_profile=profile)
+    made = input_picture(tmp_path / "x.png")
+    assert np.array_equal(np.asarray(made), np.asarray(picture))
+    assert not made.info
+
+
+def test_a_picture_that_moved_with_its_inputs_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "start.png").write_bytes(b"")
+    region = {"prompt": "a fox", "mask": "mask.png"}
+    job = replace(JOB, input_name="start.png", denoising_strength=0.5, regions=(Region(**region),))
+    save(drawn(job), folder / "x.png")
+    monkeypatch.chdir(tmp_path)
+    request, record = read_metadata(folder / "x.png")
+    assert request.input_image == record["job"]["input_image"] == str(folder / "start.png")
+    assert request.regions[0].mask == "mask.png"  # nowhere: said when it is asked for

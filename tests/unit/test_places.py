@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_checkpoints
+import tiny_stable
+import torch
 from PIL import Image, ImageDraw
 
 import calotype
 from calotype.errors import RequestError
+from calotype.families.flux.network import FluxTrunk
 from calotype.generate import Model, Picture, Progress, denoisers
 from calotype.image import read_metadata, save
+from calotype.nn.unet import UNet
 from calotype.request import HighRes, Region, Request
 
 SIDE = 128
@@ -60,12 +66,23 @@ def test_only_what_is_masked_is_drawn_anew(apple: Image.Image) -> None:
     assert np.array_equal(kept[:, : SIDE // 2], drawn[:, : SIDE // 2])
 
 
-def test_a_white_mask_is_no_mask_and_a_black_one_leaves_everything(apple: Image.Image) -> None:
+def test_a_white_mask_is_no_mask_and_a_black_one_is_refused(apple: Image.Image) -> None:
     fields = FIELDS | {"seed": 4, "input_image": apple, "denoising_strength": 0.6}
     white = one(**fields, mask_image=Image.new("L", (SIDE, SIDE), 255))
     assert np.array_equal(pixels(white), pixels(one(**fields)))
-    black = one(**fields, mask_image=Image.new("L", (SIDE, SIDE)), keep_unmasked=True)
-    assert np.array_equal(pixels(black), pixels(apple))
+    with pytest.raises(RequestError, match="mask_image: .*white in it"):
+        one(**fields, mask_image=Image.new("L", (SIDE, SIDE)))
+
+
+def test_nothing_is_left_of_what_a_mask_hides(apple: Image.Image) -> None:
+    hidden = mask(32, 32, 95, 95)
+    other = apple.copy()
+    other.paste((0, 0, 255), (32, 32, 96, 96))
+    fields = FIELDS | {"prompt": "a green apple", "mask_image": hidden}
+    drawn = one(**fields, input_image=apple)
+    assert np.array_equal(pixels(drawn), pixels(one(**fields, input_image=other)))
+    weaker = [pixels(one(**fields, input_image=picture, denoising_strength=0.6)) for picture in (apple, other)]
+    assert not np.array_equal(*weaker)  # there it is what is drawn over
 
 
 def test_a_feathered_mask_goes_over_softly(apple: Image.Image) -> None:
@@ -104,6 +121,25 @@ def test_metadata_repeats_what_was_asked(apple: Image.Image, tmp_path: Path) -> 
     request, record = read_metadata(tmp_path / "out.png")
     assert record["job"]["regions"] == [{"prompt": "a blue car", "mask": str(tmp_path / "mask.png"), "scale": 2.0}]
     assert np.array_equal(pixels(one(**vars(request))), pixels(drawn))
+
+
+def test_a_repeated_picture_may_have_other_margins_and_tiles(apple: Image.Image, tmp_path: Path) -> None:
+    """What followed from them was never asked for."""
+    apple.save(tmp_path / "apple.png")
+    fields = FIELDS | {"steps": 1, "input_image": str(tmp_path / "apple.png"), "tiled": True}
+    save(one(**fields, extend=(0, 0, 64, 0)), tmp_path / "out.png")
+    old, record = read_metadata(tmp_path / "out.png")
+    assert (record["job"]["width"], record["job"]["tile_size"]) == (192, SIDE)
+    assert one(**vars(replace(old, extend=(64, 0, 64, 0), tiled=False))).size == (256, SIDE)
+
+
+def test_what_is_kept_is_kept_beside_any_masks_edge_and_says_nothing(apple: Image.Image) -> None:
+    noted = apple.copy()
+    noted.info |= {"icc_profile": b"what the file said", "dpi": (300, 300)}
+    small = mask(0, 0, 15, 31, side=32)
+    drawn = one(**FIELDS | {"prompt": "a blue car"}, input_image=noted, mask_image=small, keep_unmasked=True)
+    assert np.array_equal(pixels(drawn)[:, 68:], pixels(apple)[:, 68:])
+    assert drawn.info.keys() == apple.info.keys()
 
 
 def test_a_region_that_counts_for_everything_is_its_prompt(apple: Image.Image) -> None:
@@ -202,6 +238,23 @@ def test_what_the_family_cannot_draw_is_refused(fields: dict[str, Any], said: st
         one(**FIELDS, **fields)
 
 
+def test_steps_that_a_pass_cannot_take_are_refused_before_any_work() -> None:
+    large: dict[str, Any] = {"width": 192, "height": 192, "strength": 0.04}
+    model().prompts.clear()
+    encoded: list[object] = []
+    watching = model().family.encoders[0].register_forward_pre_hook(lambda *given: encoded.append(given))
+    try:
+        with pytest.raises(RequestError, match=r"^high_res\[1\]\.steps: got 50; allowed: at most 40"):
+            next(
+                model().stream(
+                    Request(prompt="a fox", steps=50, schedule="simple", high_res=[large | {"steps": 3}, large])
+                )
+            )
+    finally:
+        watching.remove()
+    assert not encoded
+
+
 def test_an_extended_picture_has_its_own_size(apple: Image.Image) -> None:
     with pytest.raises(RequestError, match="width: got 256; allowed: None with extend: 192x128 follows"):
         one(**FIELDS, input_image=apple, extend=(0, 0, 64, 0), width=256)
@@ -262,3 +315,66 @@ def test_a_pass_takes_no_more_than_a_large_picture_does(monkeypatch: pytest.Monk
         watching.remove()
     assert sum(rows) == 2 * 25 * FIELDS["steps"]
     assert max(rows) == 10
+
+
+@pytest.fixture
+def sdxl(tmp_path: Path) -> Model[Any]:
+    return calotype.load(
+        tiny_checkpoints.save(tmp_path / "sdxl.safetensors", tiny_stable.sdxl()), *tiny_stable.tokenizers(tmp_path)
+    )
+
+
+def test_text_is_read_once_for_all_tiles(sdxl: Model[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where each tile is told where it was cut: its sizes are no part of what words mean."""
+    passes: list[object] = []
+    rows: list[int] = []
+    for encoder in sdxl.family.encoders:
+        encoder.register_forward_pre_hook(lambda *given: passes.append(given[0]))
+    read = UNet.read
+
+    def watched(self: UNet, texts: Any, **more: Any) -> Any:
+        rows.extend(len(text) for text in texts)
+        return read(self, texts, **more)
+
+    monkeypatch.setattr(UNet, "read", watched)
+    fields: dict[str, Any] = {"seed": 1, "steps": 1, "width": 192, "height": 192}
+    tiles: dict[str, Any] = fields | {"tiled": True, "tile_size": 32, "tile_stride": 16}
+    together = sdxl.generate("a fox", **tiles)
+    assert len(passes) == 2 * 2  # prompt and negative prompt, not 121 times
+    assert rows == [2]
+    monkeypatch.setattr(denoisers, "TOGETHER", 1)
+    assert isinstance(together, Image.Image)
+    alone = sdxl.generate("a fox", **tiles)
+    assert isinstance(alone, Image.Image)
+    assert abs(pixels(together) - pixels(alone)).max() <= 1
+    assert len(passes) == 2 * 2
+    assert rows == [2, 2]
+
+
+def test_what_is_prepared_does_not_grow_with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row of modulation for each prompt, however many tiles have regions."""
+    rows: list[int] = []
+    prepare = FluxTrunk.prepare
+
+    def watched(self: FluxTrunk, text: torch.Tensor, *given: Any) -> Any:
+        rows.append(len(text))
+        return prepare(self, text, *given)
+
+    monkeypatch.setattr(FluxTrunk, "prepare", watched)
+    monkeypatch.setattr(denoisers, "TOGETHER", 8 * 16 * 16)
+    everywhere = Region(prompt="a blue car", mask=Image.new("L", (8, 8), 255))
+    one(**FIELDS | {"steps": 1, "width": 512, "height": 512, "tiled": True, "cfg_scale": 1.0}, regions=[everywhere])
+    assert rows == [2]
+
+
+def test_a_region_costs_nothing_where_it_is_not() -> None:
+    rows: list[int] = []
+    watching = model().family.backbone.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    corner = Region(prompt="a blue car", mask=mask(0, 0, 15, 15))
+    nowhere = Region(prompt="a blue car", mask=mask(0, 0, SIDE, SIDE), scale=0)
+    fields: dict[str, Any] = FIELDS | {"steps": 1, "width": 320, "height": 320, "tiled": True, "cfg_scale": 1.0}
+    try:
+        one(**fields, regions=[corner, nowhere])
+    finally:
+        watching.remove()
+    assert sum(rows) == 9 + 1  # tiles, and the one that holds the corner once more

@@ -14,7 +14,8 @@ from hypothesis import strategies as some
 from PIL import Image
 
 from calotype.errors import RequestError
-from calotype.request import MAX_PROMPT, MAX_SEED, MAX_STEPS, SIZES, Control, Defaults, Job, Request, Size
+from calotype.request import MAX_PROMPT, MAX_SEED, MAX_STEPS, SIZES, Control, Defaults, Job, Request, Size, fingerprint
+from calotype.request.pictures import resized_mask
 
 DEFAULTS = Defaults(
     width=1024,
@@ -174,7 +175,7 @@ def test_silence_means_the_familys_default() -> None:
         **dict.fromkeys(("clip_skip", "input_image", "input_name", "denoising_strength", *SIZES)),
         **dict.fromkeys(("mask_image", "mask_name", "extend", "tile_size", "tile_stride")),
         **dict.fromkeys(("loras", "regions", "region_masks", "controls", "control_images", "high_res"), ()),
-        **dict.fromkeys(("image_prompts", "prompt_images", "pass_images", "pass_tiles", "fingerprints"), ()),
+        **dict.fromkeys(("image_prompts", "prompt_images", "pass_images", "pass_tiles", "fingerprints", "follows"), ()),
         **dict.fromkeys(("keep_unmasked", "tiled"), False),
         "mask_feather": 0,
     }
@@ -273,6 +274,62 @@ def test_sizes_that_are_told_follow_the_picture_and_the_request() -> None:
     assert told() == [640, 384, 0, 0, 640, 384]
     assert told(original_height=100, crop_left=7) == [640, 100, 7, 0, 640, 384]
     assert told(crop_top=0, target_width=9) == [640, 384, 0, 0, 9, 384]
+
+
+def test_a_pass_is_told_what_the_same_job_by_hand_is() -> None:
+    def told(defaults: Defaults, **said: Any) -> tuple[list[int | None], list[int | None]]:
+        there: dict[str, Any] = {"width": 1280, "height": 1280}
+        first = Request.from_dict({"prompt": "", "width": 1024, "height": 1024, "high_res": [there], **said})
+        by_hand = Request.from_dict({"prompt": "", **there, **said}).complete(defaults, seed=0)
+        at = first.complete(defaults, seed=0).at(0)
+        return [getattr(at, name) for name in SIZES], [getattr(by_hand, name) for name in SIZES]
+
+    for defaults in (TOLD, replace(TOLD, original_size=(1024, 1024))):
+        for said in ({}, {"original_width": 1024}, {"target_height": 1024}, {"crop_top": 64}):
+            at, by_hand = told(defaults, **said)
+            assert at == by_hand
+
+
+def tiles_of(*passes: dict[str, Any], **said: Any) -> tuple[tuple[int, int] | None, ...]:
+    high_res = [{"width": 2048, "height": 2048, **each} for each in passes]
+    return Request.from_dict({"prompt": "", "high_res": high_res, **said}).complete(DEFAULTS, seed=0).pass_tiles
+
+
+def test_what_a_pass_does_not_say_of_its_tiles_is_the_requests() -> None:
+    tiled: dict[str, Any] = {"tiled": True, "tile_size": 512, "tile_stride": 128}
+    assert tiles_of({}, {"tile_size": 256}, {"tile_stride": 64}, **tiled) == ((512, 128), (256, 128), (512, 64))
+    assert tiles_of({"tile_size": 256}, tiled=True) == ((256, 192),)
+    with pytest.raises(RequestError, match=r"^high_res\[0\]\.tile_stride: got 64"):
+        tiles_of({"tile_stride": 64})
+
+
+def test_a_pass_is_no_smaller_than_what_it_begins_with() -> None:
+    there: list[dict[str, int]] = [{"width": 1024, "height": 1024}, {"width": 1280, "height": 1008}]
+    with pytest.raises(RequestError, match=r"high_res\[1\]: .*at least 1024x1024"):
+        Request.from_dict({"prompt": "", "high_res": there}).complete(DEFAULTS, seed=0)
+
+
+def test_null_is_no_parts() -> None:
+    """As JSON has it."""
+    nothing = dict.fromkeys(("loras", "regions", "controls", "image_prompts", "high_res"))
+    assert Request.from_dict({"prompt": "a fox", **nothing}) == Request(prompt="a fox")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1024, 1024), (100, 200), (2048, 90)])
+def test_a_hard_mask_stays_hard_away_from_its_edge(size: tuple[int, int]) -> None:
+    """No filter that rings: what is black with nothing white near it is black."""
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    made = np.asarray(resized_mask(mask, Size(256, 256)))
+    grown = max(256 // min(size), 1)
+    assert (made[:, : 127 - grown] == 255).all()
+    assert (made[:, 128 + grown :] == 0).all()
+
+
+def test_a_fingerprint_knows_what_is_clear() -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
+    assert fingerprint(clear) != fingerprint(Image.new("RGBA", (4, 4), "white"))
+    assert fingerprint(Image.new("RGB", (4, 4), "white")) == fingerprint(Image.new("L", (4, 4), 255))
 
 
 # ---- a picture to start from

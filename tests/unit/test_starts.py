@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 
 import calotype
+from calotype.control.hints import Hint
 from calotype.families.flux import FluxModel
 from calotype.families.flux.conditioning import FluxConditioning
+from calotype.families.model import Prepared
 from calotype.generate import Model, PromptCache, stream
 from calotype.request import Job, Request
 from calotype.sampling.levels import Level
@@ -52,18 +55,21 @@ def test_a_weak_start_keeps_the_picture_and_a_strong_one_does_not(family: FluxMo
 def test_all_steps_are_taken_from_the_level_of_the_strength(family: FluxModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """x = (1 - t) picture + t noise at t = strength shifted, and as many steps as asked for."""
     seen: list[tuple[Level, torch.Tensor]] = []
-    plain = FluxModel.denoiser
+    plain = FluxModel.prepared
 
-    def watched(self: FluxModel, conditioning: FluxConditioning, levels: Any, job: Job, **more: Any) -> Denoise:  # noqa: ANN401
-        inner = plain(self, conditioning, levels, job, **more)
+    def watched(self: FluxModel, *given: Any) -> Prepared:
+        def placed(jobs: Sequence[Job], hints: Sequence[Hint]) -> Denoise:
+            inner = plain(self, *given)(jobs, hints)
 
-        def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
-            seen.append((level, x))
-            return inner(x, level)
+            def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
+                seen.append((level, x))
+                return inner(x, level)
 
-        return denoise
+            return denoise
 
-    monkeypatch.setattr(FluxModel, "denoiser", watched)
+        return placed
+
+    monkeypatch.setattr(FluxModel, "prepared", watched)
     picture = gradient(32, 32)
     drawn(family, input_image=picture, denoising_strength=0.6, steps=5, shift=1.0)
     assert len(seen) == 5

@@ -104,6 +104,14 @@ class OpenVinoUNet(nn.Module):
         """As `UNet.prepare`."""
         return self.unet.prepare(texts, vector, times)
 
+    def shifts(self, vector: Tensor | None, times: Tensor) -> tuple[Tensor, ...]:
+        """As `UNet.shifts`."""
+        return self.unet.shifts(vector, times)
+
+    def read(self, texts: Sequence[Tensor]) -> tuple[KeysAndValues, ...]:
+        """As `UNet.read`."""
+        return self.unet.read(texts)
+
     def forward(self, x: Tensor, shifts: Sequence[Tensor], text: Sequence[KeysAndValues]) -> Tensor:
         """As `UNet.forward`; float32."""
         shapes = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -64,13 +64,13 @@ def generate(
     text_tokens: Annotated[int | None, _sampling("N", "Length of the T5 or ChatGLM sequence.")] = None,
     clip_skip: Annotated[int | None, _sampling("N", "CLIP's layer from the end: 1 the last, 2 ...")] = None,
     input_image: Annotated[
-        Path | None, _picture("FILE", "Start from this picture, resized; see --denoising-strength.")
+        str | None, _picture("FILE", "Start from this picture, resized; see --denoising-strength.")
     ] = None,
     denoising_strength: Annotated[
         float | None, _picture("X", "Above 0 to 1: how far --input-image is taken back to noise.")
     ] = None,
     mask_image: Annotated[
-        Path | None, _picture("FILE", "Draw anew what is white in this picture, of the --input-image.")
+        str | None, _picture("FILE", "Draw anew what is white in this picture, of the --input-image.")
     ] = None,
     mask_feather: Annotated[int | None, _picture("PIXELS", "Soften the mask's edge over so many.")] = None,
     keep_unmasked: Annotated[
@@ -119,9 +119,10 @@ def generate(
         _named(
             "--high-res",
             "Large pictures",
-            "WxH[@STRENGTH[@STEPS[@UPSCALER]]]",
+            "WxH[@STRENGTH[@STEPS[@UPSCALER]]][,tiled...]",
             "Draw over the finished picture at this size; repeat it for larger ones. Strength 0.5, the same steps, and "
-            "lanczos (or latent, or the file of an ESRGAN) if not given.",
+            "lanczos (or latent, or the file of an ESRGAN) if not given. For one pass alone may follow: tiled or "
+            "untiled, tile-size=PIXELS, tile-stride=PIXELS, prompt=TEXT, control=KIND=MODEL[:IMG][@SCALE].",
         ),
     ] = None,
     high_res_prompt: Annotated[
@@ -207,7 +208,7 @@ def generate(
         request = replace(old, **given)
         sources = sources or _sources(record)
         drawn_by = str(record.get("model"))
-        for path in _changed(request, record):
+        for path in _changed(request, record, given):
             _note(f"{path} is not the picture that {like} was made from: it was changed since")
     elif prompt is None:
         raise typer.BadParameter("give a PROMPT, or --like PNG to repeat a picture")
@@ -218,7 +219,7 @@ def generate(
         request = _passing(request, "high_res_control", ", ".join(high_res_control), controls=led)
     if high_res_prompt is not None:
         request = _passing(request, "high_res_prompt", high_res_prompt, prompt=high_res_prompt)
-    _check_files(request)
+    check_files(request)
     target = Target.of(out, request.count)
     if preview is not None:
         check_writable(preview)
@@ -226,22 +227,30 @@ def generate(
     from calotype.cli.progress import progress as shown
 
     show = shown(progress)
-    # The hub shows a progress of its own.
-    with show.waiting(f"loading {', '.join(sources) or 'the built-in model'}") if _local(sources) else nullcontext():
-        from calotype.loading import load
-
-        loaded = load(*sources, device=device, dtype=dtype, memory=memory, backend=backend, storage=_storage(storage))
-    for part, error in loaded.storage_errors.items():
-        what = "its answers" if (backend, part) == ("openvino", "unet") else "its matrices"
-        _note(f"{part} is kept in fewer bits: {what} are off by {error:.1%}")
-    for part, effect in loaded.left_out.items():
-        _note(f"without {part} {effect}")
+    loaded = load_model(sources, show, device=device, dtype=dtype, memory=memory, backend=backend, storage=storage)
     if drawn_by is not None and drawn_by != loaded.name:
         request = _adapted(request, loaded, given, f"{like} was drawn by {drawn_by}; this is {loaded.name}")
     cfg_scale = loaded.family.defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
     if request.negative_prompt and cfg_scale == 1:
         _note("negative_prompt has no effect where cfg_scale is 1")
     draw(loaded, request, target, preview, show)
+
+
+def load_model(
+    sources: list[str], show: Silent, *, backend: str, storage: list[str] | None, **options: str | None
+) -> Model[Any]:
+    """The model in these sources (none: the built-in), and a note for all that it does without."""
+    # The hub shows a progress of its own.
+    with show.waiting(f"loading {', '.join(sources) or 'the built-in model'}") if _local(sources) else nullcontext():
+        from calotype.loading import load
+
+        loaded = load(*sources, backend=backend, storage=_storage(storage), **options)  # type: ignore[arg-type]
+    for part, error in loaded.storage_errors.items():
+        what = "its answers" if (backend, part) == ("openvino", "unet") else "its matrices"
+        _note(f"{part} is kept in fewer bits: {what} are off by {error:.1%}")
+    for part, effect in loaded.left_out.items():
+        _note(f"without {part} {effect}")
+    return loaded
 
 
 def _passing(request: Request, option: str, given: str, **values: Any) -> Request:
@@ -251,7 +260,7 @@ def _passing(request: Request, option: str, given: str, **values: Any) -> Reques
     return replace(request, high_res=tuple(replace(each, **values) for each in request.high_res))
 
 
-def _check_files(request: Request) -> None:
+def check_files(request: Request) -> None:
     """Not to find out after loading a model that they cannot be read."""
     if request.all_controls():
         from calotype.control.annotators import check
@@ -317,22 +326,15 @@ def _adapted(request: Request, model: Model[Any], given: dict[str, Any], why: st
     return replace(request, **dict.fromkeys(dropped))
 
 
-def _changed(request: Request, record: dict[str, Any]) -> list[str]:
-    """The files that an old picture was made from, are asked for again, and hold another picture now."""
-    known, before = record.get("pictures", {}), record["job"]
+def _changed(request: Request, record: dict[str, Any], given: Container[str]) -> list[str]:
+    """The files that an old picture was made from, are not given anew, and hold another picture now."""
+    known = record.get("pictures", {})
     named = request.pictures()
     return [
         str(named[name])
         for name, picture in opened(request).items()
-        if name in known and named[name] == _at(before, name) and fingerprint(picture) != known[name]
+        if name in known and re.split(r"\W", name)[0] not in given and fingerprint(picture) != known[name]
     ]
-
-
-def _at(job: Any, name: str) -> object:  # noqa: ANN401
-    """What plain values have under a name such as high_res[0].controls[1].image."""
-    for field in re.findall(r"\w+", name):
-        job = job[int(field) if field.isdigit() else field]
-    return job
 
 
 def _extension(text: str) -> list[int]:
@@ -350,7 +352,7 @@ def _regions(texts: list[str]) -> list[dict[str, Any]]:
         mask, equals, rest = text.partition("=")
         if not (mask and equals):
             raise RequestError(f"regions[{number}]", text, 'MASK=PROMPT[@SCALE], as left.png="a red fox@2"')
-        found = re.fullmatch(rf"(.*)@({_NUMBER})", rest, re.DOTALL)
+        found = re.fullmatch(rf"(.*)@({NUMBER})", rest, re.DOTALL)
         values = {"prompt": rest} if found is None else {"prompt": found[1], "scale": float(found[2])}
         made.append({"mask": mask, **values})
     return made
@@ -360,7 +362,7 @@ def _controls(texts: list[str]) -> list[dict[str, Any]]:
     """KIND=MODEL[:IMG][@SCALE[@START-END]], each. The last colon that is not a drive's parts the two."""
     made: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        weighed = rf"(?:@({_NUMBER})(?:@({_NUMBER})-({_NUMBER}))?)?"
+        weighed = rf"(?:@({NUMBER})(?:@({NUMBER})-({NUMBER}))?)?"
         found = re.fullmatch(rf"([^=]+)=({_PATH})(?::({_PATH}))?{weighed}", text)
         if found is None:
             allowed = "KIND=MODEL[:IMG][@SCALE[@START-END]], as canny=control.safetensors:photo.png@0.8@0-0.5"
@@ -375,7 +377,7 @@ def _image_prompts(texts: list[str]) -> list[dict[str, Any]]:
     """MODEL[,ENCODER]:IMAGE[@SCALE], each; parted as in `_controls`."""
     made: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        found = re.fullmatch(rf"(.+):({_PATH})(?:@({_NUMBER}))?", text)
+        found = re.fullmatch(rf"(.+):({_PATH})(?:@({NUMBER}))?", text)
         if found is None:
             allowed = "MODEL[,ENCODER]:IMAGE[@SCALE], as ip-adapter_sd15.safetensors:photo.png@0.6"
             raise RequestError(f"image_prompts[{number}]", text, allowed)
@@ -386,22 +388,48 @@ def _image_prompts(texts: list[str]) -> list[dict[str, Any]]:
     return made
 
 
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"  # what it may be is not the command line's to say
+
 _PATH = r"(?:[A-Za-z]:(?=[\\/]))?[^:]+?"  # a drive before it, or none
-_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+
+
+_MORE = r",(?=(?:tiled|untiled)(?:,|$)|(?:tile-size|tile-stride|prompt|control)=)"  # what only one pass has
 
 
 def _high_res(texts: list[str]) -> list[dict[str, Any]]:
-    """WxH[@STRENGTH[@STEPS[@UPSCALER]]], each."""
+    """WxH[@STRENGTH[@STEPS[@UPSCALER]]][,tiled...], each."""
     made: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
-        found = re.fullmatch(rf"(\d+)[xX](\d+)(?:@({_NUMBER})(?:@(\d+)(?:@(.+))?)?)?", text)
+        place, *more = re.split(_MORE, text)
+        found = re.fullmatch(rf"(\d+)[xX](\d+)(?:@({NUMBER})(?:@(\d+)(?:@(.+))?)?)?", place)
         if found is None:
-            allowed = "WIDTHxHEIGHT[@STRENGTH[@STEPS[@UPSCALER]]], as 2048x2048@0.5@20"
+            allowed = "WIDTHxHEIGHT[@STRENGTH[@STEPS[@UPSCALER]]][,tiled...], as 2048x2048@0.5@20,tiled,tile-size=1024"
             raise RequestError(f"high_res[{number}]", text, allowed)
         kinds = {"width": int, "height": int, "strength": float, "steps": int, "upscaler": str}
         pairs = zip(kinds.items(), found.groups(), strict=True)
-        made.append({name: kind(value) for (name, kind), value in pairs if value is not None})
+        values: dict[str, Any] = {name: kind(value) for (name, kind), value in pairs if value is not None}
+        try:
+            made.append(values | _of_one_pass(more))
+        except RequestError as error:
+            raise error.under(f"high_res[{number}].") from None
     return made
+
+
+def _of_one_pass(texts: list[str]) -> dict[str, Any]:
+    """tiled, untiled, NAME=VALUE, each."""
+    values: dict[str, Any] = {}
+    controls: list[str] = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            values["tiled"] = text == "tiled"
+        elif name == "control":
+            controls.append(value)
+        elif name == "prompt":
+            values["prompt"] = value
+        else:
+            values[name.replace("-", "_")] = int(value) if value.isdecimal() else value
+    return values | ({"controls": _controls(controls)} if controls else {})
 
 
 TAG = re.compile(r"<\s*lora\s*:([^<>]*)>", re.IGNORECASE)
@@ -411,7 +439,7 @@ def _loras(texts: list[str]) -> list[dict[str, Any]]:
     """FILE[@SCALE], each."""
     made: list[dict[str, Any]] = []
     for text in texts:
-        found = None if Path(text).exists() else re.fullmatch(rf"(.+)@({_NUMBER})", text)
+        found = None if Path(text).exists() else re.fullmatch(rf"(.+)@({NUMBER})", text)
         made.append({"file": text} if found is None else {"file": found[1], "scale": float(found[2])})
     return made
 
@@ -425,7 +453,7 @@ def _loras_in(prompt: str, given: list[dict[str, Any]]) -> tuple[str, list[dict[
     made = [dict(each) for each in given]
     said: dict[str, float | None] = {}
     for tag in TAG.finditer(prompt):
-        found = re.fullmatch(rf"\s*({_PATH})\s*(?::\s*({_NUMBER})\s*)?", tag[1])
+        found = re.fullmatch(rf"\s*({_PATH})\s*(?::\s*({NUMBER})\s*)?", tag[1])
         if found is None:
             raise RequestError("prompt", tag[0], "<lora:NAME> or <lora:NAME:SCALE> with one number, as <lora:ink:0.8>")
         name, scale = found[1], None if found[2] is None else float(found[2])
@@ -487,7 +515,11 @@ class Target:
         path = Path(out or ".")
         if out and out.endswith(("/", os.sep)):
             try:
-                path.mkdir(exist_ok=True)
+                if not path.is_dir():
+                    # A trial: what is still wrong with the request must leave no empty folder.
+                    path.mkdir()
+                    path.rmdir()
+                    return cls(path)
             except OSError as error:
                 raise OutputError(f"{path}: the folder could not be made ({error})") from error
         if path.is_dir():
@@ -501,9 +533,10 @@ class Target:
         return cls(path.parent, files)
 
     def path(self, number: int, prompt: str, seed: int) -> Path:
-        """Where picture `number` (from 0) goes: its own file, or a new name in the folder."""
+        """Where picture `number` (from 0) goes: its own file, or a new name in the folder, which is made if need be."""
         if self.files:
             return self.files[number]
+        self.folder.mkdir(exist_ok=True)
         stem = f"{slug(prompt)}-{seed}"
         path, copy = self.folder / f"{stem}.png", 1
         while path.exists():

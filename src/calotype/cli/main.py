@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from calotype.cli.annotate import annotate
+from calotype.cli.batch import batch
 from calotype.cli.convert import convert
 from calotype.cli.doctor import doctor
 from calotype.cli.generate import generate
@@ -64,6 +65,7 @@ def calotype(
 
 
 app.command()(generate)
+app.command()(batch)
 app.command()(info)
 app.command()(convert)
 app.command()(annotate)

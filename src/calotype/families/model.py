@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -23,6 +23,15 @@ from calotype.sampling.levels import Level, Levels
 from calotype.sampling.samplers import Denoise, Noise
 
 C = TypeVar("C")
+
+Prepared = Callable[[Sequence[Job], Sequence[Hint]], Denoise]
+"""A network made ready for some prompts: pictures to draw with all of them, hints -> the Denoise of these.
+
+`jobs` are those of the pictures (tiles, mostly), of the size that it was made ready for. x has a row for each, with the
+first prompt, then one for each with the second, and so on; or one for all prompts, where there is one picture. What a
+model takes beside the latents follows them in x. `hints` are what ControlNets are led by, with a row for each picture;
+RequestError where the family has none that run.
+"""
 
 
 class FamilyModel(ABC, Generic[C]):
@@ -52,7 +61,10 @@ class FamilyModel(ABC, Generic[C]):
 
     @abstractmethod
     def conditioned_by(self, job: Job) -> Hashable:
-        """All of a job that `condition` depends on beside the prompt: equal values, equal conditioning."""
+        """All of a job that `condition` depends on beside the prompt: equal values, equal conditioning.
+
+        It is one for all tiles of a stage: what differs between them is told by `Prepared`.
+        """
 
     @abstractmethod
     def levels(self, job: Job) -> Levels:
@@ -67,16 +79,17 @@ class FamilyModel(ABC, Generic[C]):
         """The latents that sampling begins with where there is no input image, float32."""
 
     @abstractmethod
+    def prepared(self, conditioning: C, levels: Sequence[Level], job: Job) -> Prepared:
+        """The network, with all that depends neither on the noisy latents nor on the place in the picture computed.
+
+        `conditioning` has a row for each prompt; `levels` are all those that will be asked for; `job` has the size.
+        """
+
     def denoiser(
         self, conditioning: C, levels: Sequence[Level], jobs: Sequence[Job], *, hints: Sequence[Hint] = ()
     ) -> Denoise:
-        """The estimate of clean latents, with all that does not depend on the noisy ones computed here, once.
-
-        One row for each of `conditioning`: x has as many, or one for all of them. `jobs` are those of the rows, of one
-        size. `levels` are all those that will be asked for. What a model takes beside the latents follows them in x.
-        `hints` are what ControlNets are led by, with a row for all, or several, each for as many rows of x, in turns;
-        RequestError where the family has none that run.
-        """
+        """The estimate of clean latents of pictures of one size: `prepared`, for these alone."""
+        return self.prepared(conditioning, levels, jobs[0])(jobs, hints)
 
     @abstractmethod
     def joined(self, conditionings: Sequence[C]) -> C | None:

@@ -17,12 +17,15 @@ from calotype.backends.openvino import OpenVinoAutoencoder, OpenVinoUNet, accele
 from calotype.control.hints import Hint
 from calotype.errors import RequestError
 from calotype.families.diffusion import DiffusionSettings
-from calotype.families.model import FamilyModel, masked
+from calotype.families.model import FamilyModel, Prepared, masked
+from calotype.nn.attention import in_rows
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.controlnet import ControlNet, ControlNetConfig
+from calotype.nn.embeddings import sinusoid
 from calotype.nn.image_adapter import ImageAdapterConfig, Places
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
-from calotype.nn.unet import KeysAndValues, Prepared, UNet, UNetConfig
+from calotype.nn.unet import KeysAndValues, UNet, UNetConfig
+from calotype.nn.unet import Prepared as Hoisted
 from calotype.request import Defaults, Job
 from calotype.sampling.levels import VP_SCHEDULES, Level, Levels
 from calotype.sampling.samplers import SAMPLERS, Denoise, Noise
@@ -34,7 +37,7 @@ class UNetConditioning(NamedTuple):
     texts: tuple[
         Tensor, ...
     ]  # b n d, what cross-attention reads, for each group of rows whose prompts are of one length
-    vector: Tensor | None  # b d, pooled text and sizes; None for a UNet without that input
+    vector: Tensor | None  # b d, pooled text; None for a UNet without that input
     pictures: tuple[KeysAndValues, ...] = ()  # of each image prompt, what each cross-attention reads of it
     negative: tuple[bool, ...] = (False,)  # of each row, whether it is to be steered away from
 
@@ -97,28 +100,31 @@ class UNetModel(FamilyModel[UNetConditioning]):
     def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
         return noise() if self.diffusion.unit_start else levels.path[0].sigma * noise()
 
-    def denoiser(
-        self,
-        conditioning: UNetConditioning,
-        levels: Sequence[Level],
-        jobs: Sequence[Job],
-        *,
-        hints: Sequence[Hint] = (),
-    ) -> Denoise:
+    def prepared(self, conditioning: UNetConditioning, levels: Sequence[Level], job: Job) -> Prepared:
+        unet = self.unet
         number = {level: i for i, level in enumerate(levels)}
         times = torch.tensor([level.time for level in levels], device=self.device)
         texts, vector, pictures, _ = conditioning
-        prepared = self.unet.prepare(texts, vector, times)
-        estimate = ESTIMATES[self.diffusion.prediction]
-        additions = self._additions(conditioning, times, hints)
-        shown = {"pictures": _by_attention(pictures, prepared.text)} if pictures else {}
+        read, estimate = unet.read(texts), ESTIMATES[self.diffusion.prediction]
+        shown = {"pictures": _by_attention(pictures, read)} if pictures else {}
+        alike = unet.shifts(None, times) if vector is None else None
 
-        def denoise(x: Tensor, level: Level) -> Tensor:
-            step = number[level]
-            predicted: Tensor = self.unet(x, *prepared.at(step), *additions(x, step), **shown)
-            return estimate(x[:, : predicted.shape[1]], predicted.float(), level)
+        def placed(jobs: Sequence[Job], hints: Sequence[Hint]) -> Denoise:
+            told = None if vector is None else with_sizes(vector, jobs, unet.config.size_width)
+            shifts = alike or unet.shifts(told, times)
+            additions = self._additions(conditioning._replace(vector=told), times, hints)
+            # OpenVINO's graphs have a row of text for each row of x.
+            text = read if isinstance(unet, UNet) or len(jobs) == 1 else _in_turn(read, len(jobs))
 
-        return denoise
+            def denoise(x: Tensor, level: Level) -> Tensor:
+                step = number[level]
+                now = tuple(shift[step] for shift in shifts)
+                predicted: Tensor = unet(x, now, text, *additions(x, step), **shown)
+                return estimate(x[:, : predicted.shape[1]], predicted.float(), level)
+
+            return denoise
+
+        return placed
 
     def joined(self, conditionings: Sequence[UNetConditioning]) -> UNetConditioning:
         texts: list[Tensor] = []
@@ -140,7 +146,10 @@ class UNetModel(FamilyModel[UNetConditioning]):
     def _additions(
         self, conditioning: UNetConditioning, times: Tensor, hints: Sequence[Hint]
     ) -> Callable[[Tensor, int], tuple[Sequence[Tensor], ...]]:
-        """What ControlNets add to the UNet, as the rest of its arguments: x, the number of the level -> () or one."""
+        """What ControlNets add to the UNet, as the rest of its arguments: x, the number of the level -> () or one.
+
+        The vector is of each row of x, not of each prompt.
+        """
         if not hints:
             return lambda x, step: ()
         unet = self.unet
@@ -165,7 +174,9 @@ class UNetModel(FamilyModel[UNetConditioning]):
                     seen = seen.repeat(len(x) // len(seen), 1, 1, 1)
                 made = [scale * each.to(dtype) for each in network(latents, *own.at(step), seen)]
                 if network.settings.pooled:
-                    made = [positive[:, None, None, None] * each for each in made]
+                    made = [
+                        in_rows(positive, max(len(positive), len(each)))[:, None, None, None] * each for each in made
+                    ]
                 total = [a + b for a, b in zip(total, made, strict=True)] if total else made
             return (total,) if total else ()
 
@@ -174,7 +185,8 @@ class UNetModel(FamilyModel[UNetConditioning]):
     def beside(self, picture: Tensor, mask: Tensor) -> Tensor:
         mask = (mask >= 0.5).float()
         kept = self.encode(masked(picture, mask))
-        return torch.cat([F.interpolate(mask, size=kept.shape[2:]), kept], dim=1)
+        # A latent that holds any of the place is drawn: of a thin one, every eighth pixel could miss all.
+        return torch.cat([F.adaptive_max_pool2d(mask, kept.shape[2:]), kept], dim=1)
 
     def encode(self, picture: Tensor) -> Tensor:
         return self.vae.encode(picture)
@@ -199,7 +211,7 @@ class Pass(NamedTuple):
     """A ControlNet with what it is led by in some steps, as far as it does not depend on the noisy latents."""
 
     network: ControlNet
-    prepared: Prepared
+    prepared: Hoisted
     seen: Tensor  # b c h w, what is added to the latents' features
     scale: float
 
@@ -232,6 +244,18 @@ def _rows(shown: Sequence[KeysAndValues]) -> KeysAndValues:
     return tuple(
         (torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])) for rows in zip(*shown, strict=True)
     )
+
+
+def with_sizes(vector: Tensor, jobs: Sequence[Job], width: int) -> Tensor:
+    """Pooled text (b d) with the sizes that the network is told of each picture: a row for each, for each prompt."""
+    sizes = torch.tensor([told_sizes(job) for job in jobs], device=vector.device)
+    told = sinusoid(sizes, width).flatten(1).repeat(len(vector), 1)
+    return torch.cat([in_rows(vector.float(), len(told)), told], dim=1)
+
+
+def _in_turn(read: Sequence[KeysAndValues], each: int) -> tuple[KeysAndValues, ...]:
+    """What each cross-attention reads, for so many rows of each text."""
+    return tuple(tuple((in_rows(k, each * len(k)), in_rows(v, each * len(v))) for k, v in groups) for groups in read)
 
 
 def _by_attention(pictures: Sequence[KeysAndValues], text: Sequence[KeysAndValues]) -> tuple[KeysAndValues, ...]:

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TypeVar
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from calotype.control.hints import Hint, without_masked
-from calotype.families.model import FamilyModel
+from calotype.families.model import FamilyModel, Prepared
 from calotype.generate.stages import Part, Stage
 from calotype.image import mask_tensor, to_tensor
 from calotype.request.parts import INPAINT
-from calotype.sampling.guidance import guided_both, sides
+from calotype.sampling.guidance import Both, guided_both, sides
 from calotype.sampling.levels import Level
 from calotype.sampling.samplers import SAMPLERS, Denoise, evaluated
 from calotype.sampling.spatial import Tiles, beside, blended, tiled
 
 C = TypeVar("C")
+Answers = Callable[[Tensor, Level], Sequence[Tensor]]
 
 TOGETHER = 2 * 128 * 128
 """Latents (of all rows) that one pass through a network takes on: 1024 x 1024 pixels, with both sides of guidance."""
@@ -48,40 +51,54 @@ def of_stage(
     `seen` is what `seen_by` gives; `more` is what a model that inpaints takes beside the latents, for all of the
     picture; `batched` runs prompts in one pass, as many as a large picture's two.
     """
-    levels = evaluated(SAMPLERS[stage.job.sampler], model.levels(stage.job))
-    alike: dict[Hashable, Denoise] = {}
-    groups: list[Tiles] = []
-    for parts in _groups(stage, batched=batched):
-        boxes = [part.box for part in parts]
-        # Tiles of one size that are told the same are one picture to the network.
-        places = tuple(boxes) if parts[0].read.regions or seen or more is not None else None
-        same = (parts[0].job.size, tuple(model.conditioned_by(part.job) for part in parts), places)
-        if same not in alike:
-            there = None if more is None else torch.cat([box.of(more) for box in boxes])
-            hints = _hints(stage, seen, parts)
-            alike[same] = _of_parts(model, parts, levels, hints, there, batched=batched)
-        groups.append(Tiles(boxes, alike[same]))
+    levels = evaluated(SAMPLERS[stage.job.sampler], stage.levels)
+    positive, negative, regions = stage.read
+    prompts = [positive, *regions, *([] if negative is None else [negative])]
+
+    @cache
+    def prepared(asked: tuple[int, ...]) -> Prepared | None:
+        """The network for some of the prompts, by number; None where these are too unlike for one pass."""
+        rows = model.joined([prompts[number] for number in asked])
+        return None if rows is None else model.prepared(rows, levels, stage.parts[0].job)
+
+    def of_group(group: Group) -> Denoise:
+        asked = (0, *(1 + k for k in group.regions), *([] if negative is None else [len(prompts) - 1]))
+        answers = _answers(prepared, asked, group.parts, _hints(stage, seen, group.parts), batched=batched)
+        if more is not None:
+            answers = beside(answers, torch.cat([part.box.of(more) for part in group.parts]))
+        both = _sides(model, answers, group)
+        if negative is None:
+            return lambda x, level: both(x, level)[0]
+        return guided_both(both, stage.job.cfg_scale, stage.job.cfg_rescale, model.prediction)
+
+    groups = [Tiles([part.box for part in group.parts], of_group(group)) for group in _groups(stage, batched=batched)]
     _, height, width = model.noise_shape(stage.job)
     return groups[0].denoise if len(stage.parts) == 1 else tiled(groups, height, width)
 
 
-def _groups(stage: Stage[C], *, batched: bool) -> list[list[Part[C]]]:
-    """Tiles that go through the network together, in groups of about one number."""
-    parts = stage.parts
-    prompts = _sides(parts[0])
-    rows = len(prompts) if batched else 1
-    most = max(TOGETHER // (rows * parts[0].box.height * parts[0].box.width), 1)
-    count = -(-len(parts) // most)
-    return [list(parts[len(parts) * k // count : len(parts) * (k + 1) // count]) for k in range(count)]
+class Group(NamedTuple):
+    """Tiles that go through the network together, and the regions that any place in each of them belongs to."""
+
+    parts: Sequence[Part]
+    regions: tuple[int, ...]
 
 
-def _sides(part: Part[C]) -> list[C]:
-    """What the network is asked of a place: with the prompt, with those of regions, and without any."""
-    positive, negative, regions = part.read
-    return [positive, *regions, *([] if negative is None else [negative])]
+def _groups(stage: Stage[C], *, batched: bool) -> list[Group]:
+    """The tiles of a stage, in groups of about one number for the same regions."""
+    alike: dict[tuple[int, ...], list[Part]] = {}
+    for part in stage.parts:
+        alike.setdefault(part.regions, []).append(part)
+    found: list[Group] = []
+    for regions, parts in alike.items():
+        rows = 1 + len(regions) + (stage.read.negative is not None) if batched else 1
+        most = max(TOGETHER // (rows * parts[0].box.height * parts[0].box.width), 1)
+        count = -(-len(parts) // most)
+        cuts = [len(parts) * k // count for k in range(count + 1)]
+        found += [Group(parts[first:end], regions) for first, end in pairwise(cuts)]
+    return found
 
 
-def _hints(stage: Stage[C], seen: Sequence[Tensor], parts: Sequence[Part[C]]) -> tuple[Hint, ...]:
+def _hints(stage: Stage[C], seen: Sequence[Tensor], parts: Sequence[Part]) -> tuple[Hint, ...]:
     """What the ControlNets of a stage are led by in some of its tiles."""
 
     def of(whole: Tensor) -> Tensor:
@@ -101,55 +118,46 @@ def _hints(stage: Stage[C], seen: Sequence[Tensor], parts: Sequence[Part[C]]) ->
     )
 
 
-def _of_parts(
-    model: FamilyModel[C],
-    parts: Sequence[Part[C]],
-    levels: Sequence[Level],
-    hints: Sequence[Hint],
-    more: Tensor | None,
-    *,
-    batched: bool,
-) -> Denoise:
-    """The Denoise of tiles of one size, a row each: with prompts for regions, guided where the job asks for it."""
-    job = parts[0].job
-    answers = _answers(model, parts, levels, hints, batched=batched)
-    if more is not None:
-        answers = beside(answers, more)
+def _sides(model: FamilyModel[C], answers: Answers, group: Group) -> Both:
+    """The estimates with all prompts, each region's by its place, and without any, of all that were asked for."""
+    job = group.parts[0].job
     _, height, width = model.noise_shape(job)
     weights = [
-        torch.cat([region.scale * mask_tensor(part.job.region_masks[k], height, width) for part in parts]).to(
-            model.device
-        )
-        for k, region in enumerate(job.regions)
+        torch.cat(
+            [job.regions[k].scale * mask_tensor(part.job.region_masks[k], height, width) for part in group.parts]
+        ).to(model.device)
+        for k in group.regions
     ]
 
     def both(x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         with_, *rest = answers(x, level)
         return blended(with_, rest[: len(weights)], weights) if weights else with_, rest[-1] if rest else with_
 
-    if parts[0].read.negative is None:
-        return lambda x, level: both(x, level)[0]
-    return guided_both(both, job.cfg_scale, job.cfg_rescale, model.prediction)
+    return both
 
 
 def _answers(
-    model: FamilyModel[C], parts: Sequence[Part[C]], levels: Sequence[Level], hints: Sequence[Hint], *, batched: bool
-) -> Callable[[Tensor, Level], Sequence[Tensor]]:
-    """The estimates of each side, for a row of x for each of the parts."""
-    asked = [list(side) for side in zip(*(_sides(part) for part in parts), strict=True)]
+    prepared: Callable[[tuple[int, ...]], Prepared | None],
+    asked: tuple[int, ...],
+    parts: Sequence[Part],
+    hints: Sequence[Hint],
+    *,
+    batched: bool,
+) -> Answers:
+    """The estimates with each of the prompts asked for, for a row of x for each of the parts."""
     area = len(parts) * parts[0].box.height * parts[0].box.width
     most = max(TOGETHER // area, 2) if batched else 1
     jobs = [part.job for part in parts]
-    made: list[Callable[[Tensor, Level], Sequence[Tensor]]] = []
+    made: list[Answers] = []
 
-    def add(some: Sequence[Sequence[C]]) -> None:
-        rows = model.joined([conditioning for side in some for conditioning in side])
-        if rows is not None:
-            made.append(sides(model.denoiser(rows, levels, jobs * len(some), hints=hints), len(some)))
+    def add(some: tuple[int, ...]) -> None:
+        ready = prepared(some)
+        if ready is not None:
+            made.append(sides(ready(jobs, hints), len(some)))
             return
-        assert len(some) > 1, "the same prompt for all parts"
-        for side in some:
-            add([side])
+        assert len(some) > 1, "one prompt is like itself"
+        for number in some:
+            add((number,))
 
     for first in range(0, len(asked), most):
         add(asked[first : first + most])

@@ -25,8 +25,8 @@ from calotype.generate.denoisers import of_stage, seen_by
 from calotype.generate.events import Events, Lowered, Picture, Progress
 from calotype.generate.loras import wear
 from calotype.generate.prompts import PromptCache
-from calotype.generate.stages import planned
-from calotype.image import embed_metadata, mask_tensor, opened, to_pil, to_tensor
+from calotype.generate.stages import Stage, planned
+from calotype.image import embed_metadata, filled, mask_tensor, opened, to_pil, to_tensor
 from calotype.memory.ladder import out_of_memory
 from calotype.nn.leader import Leader
 from calotype.request import Job, Request, resized
@@ -97,7 +97,7 @@ def _upscalers(model: FamilyModel[C], job: Job) -> dict[str, Upscaler]:
             try:
                 found[each.upscaler] = load_upscaler(each.upscaler, model.device)
             except RequestError as error:
-                raise RequestError(f"high_res[{number}].{error.field}", error.value, error.allowed) from error
+                raise error.under(f"high_res[{number}].") from error
     return found
 
 
@@ -114,7 +114,7 @@ def _pictures(
 ) -> Events:
     """The pictures of a job from number `first` on."""
     stages = planned(model, job, networks, readers, cache)
-    input_latents = None if job.input_image is None else _encoded(model, job.input_image)
+    input_latents = None if job.input_image is None else _begun(model, job, job.input_image)
     denoisers: dict[int, Denoise] = {}
     for k in range(first, job.count):
         x = input_latents
@@ -131,7 +131,7 @@ def _pictures(
             with model.memory.holding(model.backbone, *stage.networks):
                 if number not in denoisers or (number and sees):
                     denoisers[number] = of_stage(model, stage, seen, more, batched=batched_guidance)
-                for step in _steps(model, stage.job, denoisers[number], x, job.seed + k):
+                for step in _steps(model, stage, denoisers[number], x, job.seed + k):
                     x = step.x
                     yield Progress(
                         picture=k,
@@ -144,6 +144,15 @@ def _pictures(
                     )
         assert x is not None
         yield _picture(model, _decoded(model, x, job.seed + k), job, k)
+
+
+def _begun(model: FamilyModel[C], job: Job, picture: Image.Image) -> Tensor:
+    """The clean latents that a job begins with: of what is drawn from noise alone, its surroundings.
+
+    An autoencoder sees far: a rim of what was taken away would be left in the latents beside it.
+    """
+    hidden = job.mask_image if job.denoising_strength == 1 and not model.inpaints else None
+    return _encoded(model, picture if hidden is None else filled(picture, hidden))
 
 
 def _encoded(model: FamilyModel[C], picture: Image.Image) -> Tensor:
@@ -184,21 +193,28 @@ def _beside(model: FamilyModel[C], job: Job, picture: Image.Image | None) -> Ten
         mask = Image.new("L", (job.width, job.height), 255)
         shown = shown or Image.new("RGB", mask.size)
     drawn = mask_tensor(mask, job.height, job.width)
+    if drawn.max() < 0.5:
+        raise RequestError("mask_image", job.mask_name, "one half white somewhere: this model draws nothing else")
     with model.memory.holding(model.vae):
         return model.beside(to_tensor(shown)[None].to(model.device), drawn.to(model.device))
 
 
-def _steps(model: FamilyModel[C], job: Job, denoise: Denoise, begun: Tensor | None, seed: int) -> Iterator[Step]:
+def _steps(model: FamilyModel[C], stage: Stage[C], denoise: Denoise, begun: Tensor | None, seed: int) -> Iterator[Step]:
     """The steps of one stage, from clean latents taken back to noise in part, or from noise alone."""
+    job, levels = stage.job, stage.levels
     if model.inpaints and job.denoising_strength == 1:
         begun = None  # as they were trained: from noise alone, with the picture beside it
-    levels = model.levels(job)
     noise = _noise(seed, (1, *model.noise_shape(job)), model.device)
-    top = levels.path[0]
-    x = model.start(job, levels, noise) if begun is None else top.alpha * begun + top.sigma * noise()
-    if begun is not None and job.mask_image is not None and not model.inpaints:
+    if begun is None:
+        return SAMPLERS[job.sampler](denoise, model.start(job, levels, noise), levels, noise)
+    top, drawn = levels.path[0], noise()
+    x = top.alpha * begun + top.sigma * drawn
+    if job.mask_image is not None and not model.inpaints:
         mask = mask_tensor(job.mask_image, *x.shape[2:]).to(model.device)
         denoise = keeping(denoise, begun, mask)
+        if job.denoising_strength == 1:
+            # Even at their noisiest level many models see some of the picture: of what is hidden nothing may be left.
+            x = x.lerp(model.start(job, levels, lambda: drawn), mask)
     return SAMPLERS[job.sampler](denoise, x, levels, noise)
 
 

@@ -17,18 +17,24 @@ from calotype.generate.prompts import PromptCache, Read, read, with_pictures
 from calotype.nn.leader import Leader
 from calotype.request import Control, Job, resized
 from calotype.request.parts import INPAINT
+from calotype.sampling.levels import Levels
 from calotype.sampling.samplers import SAMPLERS, evaluated
 from calotype.sampling.spatial import Box, boxes
 
 C = TypeVar("C")
 
 
-class Part(NamedTuple, Generic[C]):
-    """A tile of a stage, or all of it: a job of its own, and what its prompts became."""
+class Part(NamedTuple):
+    """A tile of a stage, or all of it: a job of its own."""
 
     box: Box
     job: Job
-    read: Read[C]
+
+    @property
+    def regions(self) -> tuple[int, ...]:
+        """The regions that count anywhere in it, by number."""
+        places = enumerate(zip(self.job.regions, self.job.region_masks, strict=True))
+        return tuple(number for number, (region, mask) in places if region.scale and mask.getbbox())
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,10 @@ class Stage(NamedTuple, Generic[C]):
     """One pass over a picture."""
 
     job: Job
+    levels: Levels
     scale: int  # pixels a side of one latent
-    parts: tuple[Part[C], ...]
+    read: Read[C]
+    parts: tuple[Part, ...]
     led: tuple[Led, ...]
 
     @property
@@ -80,36 +88,46 @@ def planned(
 ) -> tuple[Stage[C], ...]:
     """All stages of a job, with their prompts read and what leads them drawn, as far as it is there by then.
 
-    Raises RequestError for a control whose kind is not known, or not to its network.
+    Raises RequestError for steps that a stage's part of the schedule does not hold, and for a control whose kind is not
+    known, or not to its network.
     """
-    jobs = [job, *(job.at(number) for number in range(len(job.high_res)))]
-    prefixes = ["", *(f"high_res[{number}]." for number in range(len(job.high_res)))]
+    jobs = {"": job} | {f"high_res[{number}].": job.at(number) for number in range(len(job.high_res))}
+    levels = [_levels(model, each, prefix) for prefix, each in jobs.items()]
     own = [True, *(each.controls is not None for each in job.high_res)]
-    led = [_led(model, each, networks, *how) for each, how in zip(jobs, zip(prefixes, own, strict=True), strict=True)]
-    scales = [each.height // model.noise_shape(each)[1] for each in jobs]
-    tiles = [
-        [(box, each.within(box, scale)) for box in _boxes(model, each, scale)]
-        for each, scale in zip(jobs, scales, strict=True)
+    led = [
+        _led(model, each, networks, prefix, path, own=mine)
+        for (prefix, each), path, mine in zip(jobs.items(), levels, own, strict=True)
     ]
-    words = read(model, [own for stage in tiles for _, own in stage], cache)
-    found = iter(with_pictures(model, words, *read_pictures(job, readers, model.memory)))
-    return tuple(
-        Stage(each, scale, tuple(Part(box, own, next(found)) for box, own in stage), by)
-        for each, scale, stage, by in zip(jobs, scales, tiles, led, strict=True)
-    )
+    words = read(model, list(jobs.values()), cache)
+    words = with_pictures(model, words, *read_pictures(job, readers, model.memory))
+    made: list[Stage[C]] = []
+    for each, path, known, by in zip(jobs.values(), levels, words, led, strict=True):
+        scale = each.height // model.noise_shape(each)[1]
+        made.append(Stage(each, path, scale, known, _parts(model, each, scale), by))
+    return tuple(made)
 
 
-def _boxes(model: FamilyModel[C], job: Job, scale: int) -> Sequence[Box]:
+def _levels(model: FamilyModel[C], job: Job, prefix: str) -> Levels:
+    try:
+        return model.levels(job)
+    except RequestError as error:
+        raise error.under(prefix) from None
+
+
+def _parts(model: FamilyModel[C], job: Job, scale: int) -> tuple[Part, ...]:
     _, height, width = model.noise_shape(job)
-    if not job.tiled or job.tile_size is None or job.tile_stride is None:
-        return (Box(0, 0, height, width),)
-    return boxes(height, width, job.tile_size // scale, job.tile_stride // scale)
+    tiles: Sequence[Box] = (Box(0, 0, height, width),)
+    if job.tiled and job.tile_size is not None and job.tile_stride is not None:
+        tiles = boxes(height, width, job.tile_size // scale, job.tile_stride // scale)
+    return tuple(Part(box, job.within(box, scale)) for box in tiles)
 
 
-def _led(model: FamilyModel[C], job: Job, networks: Mapping[str, Leader], prefix: str, own: bool) -> tuple[Led, ...]:
+def _led(
+    model: FamilyModel[C], job: Job, networks: Mapping[str, Leader], prefix: str, levels: Levels, *, own: bool
+) -> tuple[Led, ...]:
     """The controls of a stage that count for something. Its `own` must lead a step, those of the request need not."""
     made: list[Led] = []
-    steps = len(evaluated(SAMPLERS[job.sampler], model.levels(job))) if job.controls else 0
+    steps = len(evaluated(SAMPLERS[job.sampler], levels))
     for number, (control, picture) in enumerate(zip(job.controls, job.control_images, strict=True)):
         field, network = f"{prefix}controls[{number}].", networks[control.source]
         kind = kind_of(network, control, field + "kind")
@@ -124,7 +142,7 @@ def _led(model: FamilyModel[C], job: Job, networks: Mapping[str, Leader], prefix
             begun = job.input_image if picture is None and not prefix else picture
             shown = None if begun is None else _drawn(drawing, resized(begun, job.size))
         except RequestError as error:
-            raise RequestError(field + error.field, error.value, error.allowed) from None
+            raise error.under(field) from None
         made.append(Led(control, network, kind, drawing, shown))
     return tuple(made)
 

@@ -118,7 +118,7 @@ def _phases(model: FamilyModel[Any], job: Job) -> tuple[Phase, ...]:
             else:
                 joined = model.joined([conditioning, conditioning])
                 assert joined is not None
-                denoise = model.denoiser(joined, levels, [job, job])
+                denoise = model.denoiser(joined, levels, [job])
             return denoise(torch.empty(1, *model.noise_shape(job), device=device), levels[0])
 
         _, denoising = counted(step)

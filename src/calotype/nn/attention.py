@@ -26,6 +26,13 @@ def attention(
     return rearrange(mixed, "b h n d -> b n (h d)")
 
 
+def in_rows(x: Tensor, rows: int) -> Tensor:
+    """(b ...) -> (rows ...), a multiple of b: each row, then itself again, as often as it takes."""
+    if len(x) == 1:
+        return x.expand(rows, *x.shape[1:])
+    return x if len(x) == rows else x.repeat_interleave(rows // len(x), dim=0)
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(b n h*d) -> (b h n d)."""
     return rearrange(x, "b n (h d) -> b h n d", h=heads)

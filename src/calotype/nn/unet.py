@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from calotype.nn.attention import attention, split_heads
+from calotype.nn.attention import attention, in_rows, split_heads
 from calotype.nn.conv import Conv2d
 from calotype.nn.embeddings import Embedder, sinusoid
 from calotype.nn.linear import Linear
@@ -119,14 +119,18 @@ class CrossAttention(nn.Module):
         return tuple((split_heads(self.k(text), self.heads), split_heads(self.v(text), self.heads)) for text in texts)
 
     def forward(self, x: Tensor, read: Read) -> Tensor:
-        """One picture may meet several prompts here: its row is then repeated."""
+        """One picture may meet several prompts here, its row is then repeated; or several pictures in turn each."""
         q = split_heads(self.q(x), self.heads)
         rows = [len(k) for k, _ in read.text]
-        q = q.expand(sum(rows), -1, -1, -1)
-        parts = [attention(part, k, v) for part, (k, v) in zip(q.split(rows), read.text, strict=True)]
+        q = in_rows(q, max(sum(rows), len(q)))
+        each = len(q) // sum(rows)
+        parts = [
+            attention(part, in_rows(k, len(part)), in_rows(v, len(part)))
+            for part, (k, v) in zip(q.split([each * count for count in rows]), read.text, strict=True)
+        ]
         mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
         for k, v in read.pictures:
-            mixed = mixed + attention(q, k, v)
+            mixed = mixed + attention(q, in_rows(k, len(q)), in_rows(v, len(q)))
         return self.out(mixed)
 
 
@@ -264,6 +268,14 @@ class Descent(nn.Module):
         whose projections of text and vector are used, this one unless given; `told` (b time_width) is what the network
         is told beside them.
         """
+        return Prepared(
+            shifts=self.shifts(vector, times, reader=reader, told=told), text=self.read(texts, reader=reader)
+        )
+
+    def shifts(
+        self, vector: Tensor | None, times: Tensor, *, reader: Descent | None = None, told: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """What time and vector come to, as in `prepare`: of each residual block, t b c 1 1."""
         reader = self if reader is None else reader
         dtype = self.conv_in.dtype
         if times.ndim == 1:
@@ -275,15 +287,17 @@ class Descent(nn.Module):
         if reader.vector_in is not None and vector is not None:
             time = time + reader.vector_in(vector.to(reader.conv_in.dtype)).to(dtype)
         time = F.silu(time)  # t b time_width
+        # `modules` follows the order that forward goes through them.
+        return tuple(block.shifts(time) for block in self.modules() if isinstance(block, ResidualBlock))
+
+    def read(self, texts: Sequence[Tensor], *, reader: Descent | None = None) -> tuple[KeysAndValues, ...]:
+        """What texts give to each cross-attention, as in `prepare`."""
+        reader = self if reader is None else reader
         texts = [text.to(reader.conv_in.dtype) for text in texts]
         if reader.text_in is not None:
             texts = [reader.text_in(text) for text in texts]
-        texts = [text.to(dtype) for text in texts]
-        blocks = list(self.modules())  # in the order that forward goes through them
-        return Prepared(
-            shifts=tuple(block.shifts(time) for block in blocks if isinstance(block, ResidualBlock)),
-            text=tuple(block.keys_and_values(texts) for block in blocks if isinstance(block, CrossAttention)),
-        )
+        texts = [text.to(self.conv_in.dtype) for text in texts]
+        return tuple(block.keys_and_values(texts) for block in self.modules() if isinstance(block, CrossAttention))
 
     def descend(self, x: Tensor, shift: Iterator[Tensor], reads: Iterator[Read]) -> list[Tensor]:
         """What comes out of `conv_in` (b c h w) -> it, what every block on the way down makes of it, and the middle."""
@@ -324,7 +338,8 @@ class UNet(Descent):
     ) -> Tensor:
         """x (b channels_in h w) with `shifts` and `text` of `Prepared.at` -> (b channels_out h w).
 
-        Where those were prepared for more rows than x has, x has one, and each of them gets its answer. `added` is what
+        Where those were prepared for more rows than x has, x has one, and each of them gets its answer. Texts may be
+        fewer than x has rows: each is read by as many in turn. `added` is what
         ControlNets add: to each of the skip connections, in the order of the way down, and to the middle. `pictures`
         is what image prompts give to each cross-attention, where there are some.
         """

@@ -44,7 +44,9 @@ P = TypeVar("P", bound=Part)
 
 
 def parts_of(kind: type[P], field: str, given: object) -> tuple[P, ...]:
-    """Parts as they are, or of plain values; errors name the one that is wrong, as regions[1].mask."""
+    """Parts as they are, or of plain values (none of None); errors name the one that is wrong, as regions[1].mask."""
+    if given is None:
+        return ()
     if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
         raise RequestError(field, given, f"a list of {kind.__name__}, or of their values")
     items: Sequence[object] = given  # pyright: ignore[reportUnknownVariableType]
@@ -66,7 +68,7 @@ def _part(kind: type[P], field: str, given: object) -> P:
     try:
         return kind(**values)
     except RequestError as error:
-        raise RequestError(f"{field}.{error.field}", error.value, error.allowed) from None
+        raise error.under(f"{field}.") from None
     except TypeError:
         raise RequestError(field, dict(values), f"all that {kind.__name__} needs: {', '.join(known)}") from None
 
@@ -185,7 +187,7 @@ def _settings(field: str, given: object) -> dict[str, str | float | bool] | None
 
 @dataclass(frozen=True, kw_only=True)
 class HighRes(Part):
-    """A pass over the picture at a higher resolution: enlarge, go back to noise in part, denoise again.
+    """A pass over the picture at a higher resolution, or the same: enlarge, go back to noise in part, denoise again.
 
     width, height   pixels, multiples of the family's grain
     strength        0..1, exclusive of 0: how far the enlarged picture is taken back to noise

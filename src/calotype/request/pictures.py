@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     PictureSource = str | os.PathLike[str] | Image.Image
 
 FINGERPRINT = "sha256:"  # before the hash of a picture that is known by it alone
-_LANCZOS = 1  # PIL.Image.Resampling.LANCZOS, without importing it
+_LANCZOS, _BILINEAR, _BOX = 1, 2, 4  # of PIL.Image.Resampling, without importing it
 
 
 Extension = tuple[int, int, int, int]
@@ -60,7 +60,7 @@ def extended(
     )
     inside = np.zeros((picture.height, picture.width), np.uint8)
     if mask is not None:
-        inside = np.asarray(resized(mask, Size(*picture.size)).convert("L"))
+        inside = np.asarray(resized_mask(mask, Size(*picture.size)))
     canvas = np.pad(np.asarray(picture.convert("RGB")), (*margins, (0, 0)), mode="edge")
     return Image.fromarray(canvas), Image.fromarray(np.pad(inside, margins, constant_values=255))
 
@@ -79,6 +79,15 @@ def resized(picture: Image.Image, size: Size) -> Image.Image:
     return picture if picture.size == wanted else picture.resize(wanted, _LANCZOS)
 
 
+def resized_mask(mask: Image.Image, size: Size) -> Image.Image:
+    """A mask at a job's size, grey: of a larger one the means, of a smaller one a straight way between its values.
+
+    What is black or white with nothing else around it stays so: no filter that rings.
+    """
+    smaller = min(mask.width, size.width), min(mask.height, size.height)
+    return mask.convert("L").resize(smaller, _BOX).resize((size.width, size.height), _BILINEAR)
+
+
 def is_picture(value: object) -> bool:
     """Whether a value is a picture itself, and not only the path of one."""
     return hasattr(value, "tobytes") and hasattr(value, "convert")
@@ -90,7 +99,7 @@ def name_of(picture: PictureSource) -> str:
 
 
 def fingerprint(picture: Image.Image) -> str:
-    """The hash of what a picture shows."""
-    shown = picture.convert("RGB")
+    """The hash of what a picture shows, and how far, where it is clear in places."""
+    shown = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     content = f"{shown.width}x{shown.height} ".encode() + shown.tobytes()
     return f"{FINGERPRINT}{hashlib.sha256(content).hexdigest()}"

@@ -19,6 +19,7 @@ from calotype.request.pictures import (
     is_picture,
     name_of,
     resized,
+    resized_mask,
     softened,
 )
 from calotype.request.size import Size
@@ -85,7 +86,8 @@ class Job:
     are grey pictures of that size, white where something is to be drawn. `control_images` are RGB pictures of any size,
     one for each of `controls`, None for the picture that the job begins with; `pass_images` are those of the passes,
     `pass_tiles` size and stride of their tiles, where they have any; `prompt_images` are those of `image_prompts`.
-    `fingerprints` are those of all pictures as they were given, each behind the field that names it.
+    `fingerprints` are those of all pictures as they were given, each behind the field that names it. `follows` are the
+    fields that the request left open and that follow from others: another size has its own.
     """
 
     prompt: str
@@ -131,19 +133,19 @@ class Job:
     target_width: int | None = None
     target_height: int | None = None
     fingerprints: tuple[tuple[str, str], ...] = ()
+    follows: tuple[str, ...] = ()
 
     @property
     def size(self) -> Size:
         return Size(self.width, self.height)
 
     def at(self, number: int) -> Job:
-        """The job of a pass at a higher resolution; a size that the network is told grows if it was the picture's."""
+        """The job of a pass at a higher resolution; it tells the network its own size, unless the request says one."""
         stage = self.high_res[number]
         tiles = self.pass_tiles[number] or (None, None)
         size = Size(stage.width, stage.height)
         grown = {"original_width": size.width, "original_height": size.height}
         grown |= {"target_width": size.width, "target_height": size.height}
-        own = {name: self.width if name.endswith("width") else self.height for name in grown}
         return replace(
             self,
             prompt=self.prompt if stage.prompt is None else stage.prompt,
@@ -156,9 +158,9 @@ class Job:
             tile_stride=tiles[1],
             controls=self.controls if stage.controls is None else stage.controls,
             control_images=self.control_images if stage.controls is None else self.pass_images[number],
-            mask_image=None if self.mask_image is None else resized(self.mask_image, size),
-            region_masks=tuple(resized(mask, size) for mask in self.region_masks),
-            **{name: value for name, value in grown.items() if getattr(self, name) == own[name]},
+            mask_image=None if self.mask_image is None else resized_mask(self.mask_image, size),
+            region_masks=tuple(resized_mask(mask, size) for mask in self.region_masks),
+            **{name: value for name, value in grown.items() if name in self.follows},
         )
 
     def within(self, box: Sequence[int], scale: int) -> Job:
@@ -183,7 +185,7 @@ class Job:
         values["input_image"] = values.pop("input_name")
         values["mask_image"] = values.pop("mask_name")
         del values["region_masks"], values["control_images"], values["prompt_images"]
-        del values["pass_images"], values["pass_tiles"], values["fingerprints"]
+        del values["pass_images"], values["pass_tiles"], values["fingerprints"], values["follows"]
         return plain(values)
 
 
@@ -392,14 +394,19 @@ class Request:
         tiles = _tiles("", self.tile_size, self.tile_stride, defaults) if tiled else None
         _on_the_grid("", Size(width, height), defaults, tiled=self.tiled)
         pass_tiles: list[tuple[int, int] | None] = []
+        before = Size(width, height)
         for number, stage in enumerate(self.high_res):
             field, tiled = f"high_res[{number}].", self.tiled if stage.tiled is None else stage.tiled
-            _on_the_grid(field, Size(stage.width, stage.height), defaults, tiled=tiled)
-            own = tiles if tiled else None
+            size = Size(stage.width, stage.height)
+            _on_the_grid(field, size, defaults, tiled=tiled)
+            if size.width < before.width or size.height < before.height:
+                raise RequestError(field.rstrip("."), str(size), f"at least {before}, the picture's size before it")
+            before, own = size, tiles if tiled else None
+            for name in ("tile_size", "tile_stride"):
+                if getattr(stage, name) is not None and not tiled:
+                    raise RequestError(field + name, getattr(stage, name), "None where nothing is tiled")
             if stage.tile_size is not None or stage.tile_stride is not None:
-                if not tiled:
-                    raise RequestError(field + "tile_size", stage.tile_size, "None where nothing is tiled")
-                own = _tiles(field, stage.tile_size or self.tile_size, stage.tile_stride, defaults)
+                own = _tiles(field, stage.tile_size or self.tile_size, stage.tile_stride or self.tile_stride, defaults)
             pass_tiles.append(own)
         sampler = defaults.sampler if self.sampler is None else self.sampler
         if sampler not in defaults.samplers:
@@ -411,7 +418,10 @@ class Request:
             if getattr(self, field) is not None:
                 raise RequestError(field, getattr(self, field), f"None: {why}")
         told = {name: getattr(self, name) for name in SIZES}
+        derived = ("tile_size", "tile_stride") if tiles else ()
+        derived += ("width", "height") if self.extend is not None else ()
         if defaults.sizes:
+            derived += tuple(name for name in SIZES if not (defaults.original_size and name.startswith("original")))
             usually = (*(defaults.original_size or (width, height)), 0, 0, width, height)
             told = {name: told[name] if told[name] is not None else u for name, u in zip(SIZES, usually, strict=True)}
         strength = name = None
@@ -422,7 +432,9 @@ class Request:
             if self.extend is not None:
                 picture, mask = extended(picture, mask, self.extend, size)
             picture = resized(picture, size)
-            mask = None if mask is None else softened(resized(mask, size), self.mask_feather)
+            mask = None if mask is None else softened(resized_mask(mask, size), self.mask_feather)
+            if mask is not None and mask.getbbox() is None:
+                raise RequestError("mask_image", self.mask_image, "one with white in it: nothing would be drawn")
             usual_strength = 1.0 if mask is not None else defaults.denoising_strength
             strength = self.denoising_strength or usual_strength
         return Job(
@@ -453,7 +465,7 @@ class Request:
             extend=self.extend,
             loras=self.loras,
             regions=self.regions,
-            region_masks=tuple(resized(each, Size(width, height)) for each in masks),
+            region_masks=tuple(resized_mask(each, Size(width, height)) for each in masks),
             controls=self.controls,
             control_images=leading("", self.controls),
             image_prompts=self.image_prompts,
@@ -465,6 +477,7 @@ class Request:
             tile_size=None if tiles is None else tiles[0],
             tile_stride=None if tiles is None else tiles[1],
             fingerprints=tuple((name, fingerprint(each)) for name, each in opened.items()),
+            follows=tuple(name for name in derived if getattr(self, name) is None),
             **told,
         )
 

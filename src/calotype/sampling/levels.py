@@ -250,9 +250,11 @@ def normal(steps: int, shift: float = 1.0, start: float = 1.0) -> Levels:
 def beta(steps: int, shift: float = 1.0, start: float = 1.0) -> Levels:
     """Times at the quantiles of a Beta(0.6, 0.6) distribution, dense at both ends (Lee et al. 2024), shifted.
 
-    ComfyUI's `beta` without its rounding to a table of 1000, which drops steps that round to the same entry.
+    ComfyUI's `beta` without its rounding to a table of 1000, which drops steps that round to the same entry. The last
+    time is 1/1000, or half of a start that is nearer to the picture.
     """
-    return _flow([1 / 1000 + (start - 1 / 1000) * beta_quantile(1 - i / steps) for i in range(steps)], shift)
+    least = min(1 / 1000, start / 2)
+    return _flow([least + (start - least) * beta_quantile(1 - i / steps) for i in range(steps)], shift)
 
 
 def beta_quantile(p: float, shape: float = 0.6) -> float:

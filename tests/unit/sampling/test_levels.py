@@ -325,6 +325,14 @@ def test_too_many_whole_steps_are_refused(name: str) -> None:
         levels.simple(200, 1.0, 0.1)
 
 
+@pytest.mark.parametrize("start", [1e-9, 5e-4, 1e-3, 0.0011])
+@pytest.mark.parametrize("name", sorted({*FLOW_SCHEDULES} - {"simple"}))
+def test_the_smallest_starts_have_levels_too(name: str, start: float) -> None:
+    path = FLOW_SCHEDULES[name](8, 3.0, start)
+    assert path.steps == 8
+    assert path.path[0].time <= levels.shifted(start, 3.0) + levels.shifted(1e-3, 3.0) * 3
+
+
 def test_ending_replaces_the_clean_picture() -> None:
     path = levels.leading(SD, 10)
     ended = path.ending(SD.at_time(0))

@@ -16,7 +16,8 @@ from calotype.families.flux.conditioning import FluxConditioning, encode, joined
 from calotype.families.flux.config import FluxConfig
 from calotype.families.flux.controlnet import FluxControlNet
 from calotype.families.flux.network import Added, FluxNetwork, to_latent, to_tokens
-from calotype.families.model import FamilyModel, masked
+from calotype.families.model import FamilyModel, Prepared, masked
+from calotype.nn.attention import in_rows
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
@@ -94,19 +95,12 @@ class FluxModel(FamilyModel[FluxConditioning]):
     def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
         return levels.path[0].sigma * noise()
 
-    def denoiser(
-        self,
-        conditioning: FluxConditioning,
-        levels: Sequence[Level],
-        jobs: Sequence[Job],
-        *,
-        hints: Sequence[Hint] = (),
-    ) -> Denoise:
-        network, job = self.transformer, jobs[0]
+    def prepared(self, conditioning: FluxConditioning, levels: Sequence[Level], job: Job) -> Prepared:
+        network = self.transformer
         number = {level.time: i for i, level in enumerate(levels)}
         grain, patch = self.defaults.grain, network.config.patch
         rows, columns = job.height // grain, job.width // grain
-        prepared = network.prepare(
+        ready = network.prepare(
             conditioning.text,
             conditioning.pooled,
             job.embedded_guidance if network.config.guidance_input else None,
@@ -115,17 +109,20 @@ class FluxModel(FamilyModel[FluxConditioning]):
             columns,
         )
 
-        additions = self._additions(conditioning, list(number), job, hints)
+        def placed(jobs: Sequence[Job], hints: Sequence[Hint]) -> Denoise:
+            additions = self._additions(conditioning, list(number), job, hints)
 
-        def denoise(x: Tensor, level: Level) -> Tensor:
-            x = x.expand(len(conditioning.text), -1, -1, -1)
-            step, image = number[level.time], to_tokens(x, patch)
-            tokens = network(image, prepared, step, additions(image, step))
-            velocity = to_latent(tokens.float(), rows, columns, patch)
-            # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
-            return x[:, : velocity.shape[1]] - level.sigma * velocity
+            def denoise(x: Tensor, level: Level) -> Tensor:
+                x = in_rows(x, max(len(x), len(conditioning.text)))
+                step, image = number[level.time], to_tokens(x, patch)
+                tokens = network(image, ready, step, additions(image, step))
+                velocity = to_latent(tokens.float(), rows, columns, patch)
+                # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
+                return x[:, : velocity.shape[1]] - level.sigma * velocity
 
-        return denoise
+            return denoise
+
+        return placed
 
     def _additions(
         self, conditioning: FluxConditioning, times: Sequence[float], job: Job, hints: Sequence[Hint]

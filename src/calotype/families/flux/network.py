@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from calotype.families.flux.config import FluxConfig
-from calotype.nn.attention import attention
+from calotype.nn.attention import attention, in_rows
 from calotype.nn.embeddings import Embedder, sinusoid
 from calotype.nn.linear import Linear
 from calotype.nn.norms import RMSNorm, modulated
@@ -224,11 +224,14 @@ class FluxTrunk(nn.Module):
     def through(
         self, image: Tensor, prepared: Prepared, level: int, added: Sequence[Added] = ()
     ) -> Generator[Tensor, None, None]:
-        """Image tokens (b n d) after every block, joint ones first, with what ControlNets add."""
-        table, text = prepared.table, prepared.text
+        """Image tokens (b n d) after every block, joint ones first, with what ControlNets add.
+
+        Where fewer rows were prepared, each is that of as many in turn.
+        """
+        table, text = prepared.table, in_rows(prepared.text, len(image))
 
         def at(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return tuple(row[level] for row in rows)
+            return tuple(in_rows(row[level], len(image)) for row in rows)
 
         for number, (block, image_rows, text_rows) in enumerate(
             zip(self.joint, table.joint_image, table.joint_text, strict=True)
@@ -261,7 +264,7 @@ class FluxNetwork(FluxTrunk):
         image = self.image_in(image.to(self.image_in.dtype))
         for tokens in self.through(image, prepared, level, added):
             image = tokens
-        shift, scale = (row[level] for row in prepared.table.out)
+        shift, scale = (in_rows(row[level], len(image)) for row in prepared.table.out)
         return self.out(modulated(image, shift, scale))
 
 

@@ -15,9 +15,11 @@ from calotype.families.diffusion import DiffusionSettings
 from calotype.families.hunyuan_dit.conditioning import HunyuanConditioning, condition, joined
 from calotype.families.hunyuan_dit.config import DIFFUSION, ORIGINAL_SIZE
 from calotype.families.hunyuan_dit.controlnet import HunyuanControlNet
-from calotype.families.hunyuan_dit.network import HunyuanNetwork, HunyuanTrunk, Prepared
-from calotype.families.model import FamilyModel
+from calotype.families.hunyuan_dit.network import HunyuanNetwork, HunyuanTrunk
+from calotype.families.hunyuan_dit.network import Prepared as Ready
+from calotype.families.model import FamilyModel, Prepared
 from calotype.families.unets import ESTIMATES
+from calotype.nn.attention import in_rows
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.request import Defaults, Job
@@ -96,43 +98,42 @@ class HunyuanModel(FamilyModel[HunyuanConditioning]):
     def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
         return noise() if self.diffusion.unit_start else levels.path[0].sigma * noise()
 
-    def denoiser(
-        self,
-        conditioning: HunyuanConditioning,
-        levels: Sequence[Level],
-        jobs: Sequence[Job],
-        *,
-        hints: Sequence[Hint] = (),
-    ) -> Denoise:
-        network, job = self.transformer, jobs[0]
+    def prepared(self, conditioning: HunyuanConditioning, levels: Sequence[Level], job: Job) -> Prepared:
+        network = self.transformer
         number = {level: i for i, level in enumerate(levels)}
         times = torch.tensor([level.time for level in levels], device=self.device)
         rows, columns = job.height // self.grain, job.width // self.grain
+        estimate = ESTIMATES[self.diffusion.prediction]
+        alike = None if network.config.styled else network.prepare(*conditioning, None, times, rows, columns)
 
-        def ready(network: HunyuanTrunk) -> Prepared:
-            told = None
-            if network.config.styled:
-                told = torch.tensor([told_sizes(each) for each in jobs], device=self.device)
-            return network.prepare(*conditioning, told, times, rows, columns)
+        def placed(jobs: Sequence[Job], hints: Sequence[Hint]) -> Denoise:
+            each = HunyuanConditioning(*(in_rows(part, len(part) * len(jobs)) for part in conditioning))
+            sizes = [told_sizes(own) for own in jobs] * len(conditioning.text)
 
-        prepared, estimate = ready(network), ESTIMATES[self.diffusion.prediction]
-        led = [(hint, hint.network) for hint in hints if isinstance(hint.network, HunyuanControlNet)]
-        assert len(led) == len(hints)
-        beside = [(hint, control, ready(control), control.embed(hint.picture)) for hint, control in led]
+            def ready(network: HunyuanTrunk) -> Ready:
+                told = torch.tensor(sizes, device=self.device) if network.config.styled else None
+                return network.prepare(*each, told, times, rows, columns)
 
-        def additions(x: Tensor, step: int) -> list[list[Tensor]]:
-            return [
-                control(x, own, step, seen.repeat(len(x) // len(seen), 1, 1), hint.scale)
-                for hint, control, own, seen in beside
-                if hint.leads(step, len(times))
-            ]
+            own = ready(network) if alike is None else alike
+            led = [(hint, hint.network) for hint in hints if isinstance(hint.network, HunyuanControlNet)]
+            assert len(led) == len(hints)
+            beside = [(hint, control, ready(control), control.embed(hint.picture)) for hint, control in led]
 
-        def denoise(x: Tensor, level: Level) -> Tensor:
-            step = number[level]
-            predicted = network(x, prepared, step, additions(x, step))[:, : network.config.channels_in]
-            return estimate(x, predicted.float(), level)
+            def additions(x: Tensor, step: int) -> list[list[Tensor]]:
+                return [
+                    control(x, ready, step, seen.repeat(len(x) // len(seen), 1, 1), hint.scale)
+                    for hint, control, ready, seen in beside
+                    if hint.leads(step, len(times))
+                ]
 
-        return denoise
+            def denoise(x: Tensor, level: Level) -> Tensor:
+                step = number[level]
+                predicted = network(x, own, step, additions(x, step))[:, : network.config.channels_in]
+                return estimate(x, predicted.float(), level)
+
+            return denoise
+
+        return placed
 
     def joined(self, conditionings: Sequence[HunyuanConditioning]) -> HunyuanConditioning | None:
         return joined(conditionings)

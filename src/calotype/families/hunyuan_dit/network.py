@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from calotype.families.hunyuan_dit.config import HunyuanConfig
-from calotype.nn.attention import attention, split_heads
+from calotype.nn.attention import attention, in_rows, split_heads
 from calotype.nn.conv import Conv2d
 from calotype.nn.embeddings import Embedder, sinusoid
 from calotype.nn.linear import Linear
@@ -246,18 +246,20 @@ class HunyuanNetwork(HunyuanTrunk):
     def forward(self, x: Tensor, prepared: Prepared, level: int, added: Sequence[Sequence[Tensor]] = ()) -> Tensor:
         """x (b channels_in h w) at the prepared level number `level` -> (b channels_out h w).
 
-        Where more rows were prepared than x has, x has one, and each of them gets its answer. `added` is what
+        Where more rows were prepared than x has, x has one, and each of them gets its answer; where fewer were, each is
+        that of as many in turn. `added` is what
         ControlNets add to what each block of the first half leaves for one of the second.
         """
         rows = x.shape[2] // self.config.patch
-        x = self.enter(x).expand(len(prepared.text[0][0]), -1, -1)
+        x = in_rows(self.enter(x), max(len(x), len(prepared.text[0][0])))
         left: list[Tensor] = []
         half = self.config.blocks // 2
         for number, (block, shift, (k, v)) in enumerate(zip(self.blocks, prepared.shifts, prepared.text, strict=True)):
-            x = block(x, left.pop() if number > half else None, shift[level], k, v, prepared.rope)
+            k, v, shift = (in_rows(each, len(x)) for each in (k, v, shift[level]))
+            x = block(x, left.pop() if number > half else None, shift, k, v, prepared.rope)
             if number < half - 1:
                 left.append(sum((made[number] for made in added), x))
-        shift, scale = (part[level] for part in prepared.out)
+        shift, scale = (in_rows(part[level], len(x)) for part in prepared.out)
         patches = self.out(modulated(x, shift, scale))
         return rearrange(
             patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=self.config.patch, q=self.config.patch

@@ -9,7 +9,7 @@ import torch
 from calotype.families.diffusion import DiffusionSettings
 from calotype.families.kolors.conditioning import condition
 from calotype.families.kolors.config import DIFFUSION, TEXT_TOKENS
-from calotype.families.unets import UNetConditioning, UNetModel, told_sizes, unet_defaults
+from calotype.families.unets import UNetConditioning, UNetModel, unet_defaults
 from calotype.nn.autoencoder import Autoencoder
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet
@@ -56,12 +56,10 @@ class KolorsModel(UNetModel):
             encoder=self.chatglm,
             tokenizer=self.tokenizer,
             text_tokens=job.text_tokens,
-            sizes=told_sizes(job),
-            size_width=self.unet.config.size_width,
         )._replace(negative=(negative,))
 
     def conditioned_by(self, job: Job) -> Hashable:
-        return job.text_tokens, told_sizes(job)
+        return job.text_tokens
 
 
 DEFAULTS = unet_defaults(size=1024, steps=25, cfg_scale=5.0, diffusion=DIFFUSION, text_tokens=TEXT_TOKENS, sizes=True)

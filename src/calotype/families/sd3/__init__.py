@@ -14,10 +14,12 @@ from torch import Tensor
 from calotype.control.hints import Hint
 from calotype.errors import RequestError
 from calotype.families.flow import FlowSettings
-from calotype.families.model import FamilyModel
+from calotype.families.model import FamilyModel, Prepared
 from calotype.families.sd3.conditioning import ClipReader, Sd3Conditioning, T5Reader, condition, joined
 from calotype.families.sd3.controlnet import PictureControlNet, Sd3ControlNet
-from calotype.families.sd3.network import Prepared, Sd3Network
+from calotype.families.sd3.network import Prepared as Ready
+from calotype.families.sd3.network import Sd3Network
+from calotype.nn.attention import in_rows
 from calotype.nn.autoencoder import Autoencoder, preview_projection
 from calotype.nn.leader import Leader
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
@@ -106,12 +108,10 @@ class Sd3Model(FamilyModel[Sd3Conditioning]):
     def start(self, job: Job, levels: Levels, noise: Noise) -> Tensor:
         return levels.path[0].sigma * noise()
 
-    def denoiser(
-        self, conditioning: Sd3Conditioning, levels: Sequence[Level], jobs: Sequence[Job], *, hints: Sequence[Hint] = ()
-    ) -> Denoise:
-        network, job = self.transformer, jobs[0]
+    def prepared(self, conditioning: Sd3Conditioning, levels: Sequence[Level], job: Job) -> Prepared:
+        network = self.transformer
         number = {level: i for i, level in enumerate(levels)}
-        prepared = network.prepare(
+        ready = network.prepare(
             conditioning.text,
             conditioning.pooled,
             torch.tensor([level.time for level in levels], device=self.device),
@@ -119,31 +119,35 @@ class Sd3Model(FamilyModel[Sd3Conditioning]):
             job.width // self.grain,
         )
 
-        additions = self._additions(conditioning, levels, job, hints)
+        def placed(jobs: Sequence[Job], hints: Sequence[Hint]) -> Denoise:
+            additions = self._additions(conditioning, levels, jobs, hints)
 
-        def denoise(x: Tensor, level: Level) -> Tensor:
-            step = number[level]
-            velocity: Tensor = network(x, prepared, step, additions(x, prepared, step))
-            # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
-            return x - level.sigma * velocity.float()
+            def denoise(x: Tensor, level: Level) -> Tensor:
+                step = number[level]
+                velocity: Tensor = network(x, ready, step, additions(x, ready, step))
+                # x = alpha * clean + sigma * noise and velocity = noise - clean, alpha + sigma = 1
+                return x - level.sigma * velocity.float()
 
-        return denoise
+            return denoise
+
+        return placed
 
     def _additions(
-        self, conditioning: Sd3Conditioning, levels: Sequence[Level], job: Job, hints: Sequence[Hint]
-    ) -> Callable[[Tensor, Prepared, int], list[list[Tensor]]]:
+        self, conditioning: Sd3Conditioning, levels: Sequence[Level], jobs: Sequence[Job], hints: Sequence[Hint]
+    ) -> Callable[[Tensor, Ready, int], list[list[Tensor]]]:
         """What ControlNets add: latents, the transformer's own `Prepared`, the number of the level -> each one's."""
         times = torch.tensor([level.time for level in levels], device=self.device)
-        rows, columns = job.height // self.grain, job.width // self.grain
+        rows, columns = jobs[0].height // self.grain, jobs[0].width // self.grain
         text, pooled = conditioning
-        made: list[Callable[[Tensor, Prepared, int], list[Tensor]]] = []
+        made: list[Callable[[Tensor, Ready, int], list[Tensor]]] = []
 
-        def with_text(hint: Hint, network: Sd3ControlNet) -> Callable[[Tensor, Prepared, int], list[Tensor]]:
+        def with_text(hint: Hint, network: Sd3ControlNet) -> Callable[[Tensor, Ready, int], list[Tensor]]:
             own, seen = network.prepare_hinted(text, pooled, times, rows, columns), network.embed(hint.picture)
             return lambda x, _, step: network(x, own, step, _for(seen, x), hint.scale)
 
-        def without(hint: Hint, network: PictureControlNet) -> Callable[[Tensor, Prepared, int], list[Tensor]]:
-            own, seen = network.prepare_hinted(pooled, times), network.embed(hint.picture)
+        def without(hint: Hint, network: PictureControlNet) -> Callable[[Tensor, Ready, int], list[Tensor]]:
+            own = network.prepare_hinted(in_rows(pooled, len(pooled) * len(jobs)), times)
+            seen = network.embed(hint.picture)
             return lambda x, prepared, step: network(
                 self.transformer.enter(x, prepared), own, step, _for(seen, x), hint.scale
             )
@@ -155,7 +159,7 @@ class Sd3Model(FamilyModel[Sd3Conditioning]):
                 assert isinstance(hint.network, PictureControlNet)
                 made.append(without(hint, hint.network))
 
-        def additions(x: Tensor, prepared: Prepared, step: int) -> list[list[Tensor]]:
+        def additions(x: Tensor, prepared: Ready, step: int) -> list[list[Tensor]]:
             leading = (one for hint, one in zip(hints, made, strict=True) if hint.leads(step, len(times)))
             return [one(x, prepared, step) for one in leading]
 

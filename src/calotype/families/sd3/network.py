@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from calotype.families.sd3.config import Sd3Config
-from calotype.nn.attention import attention
+from calotype.nn.attention import attention, in_rows
 from calotype.nn.conv import Conv2d
 from calotype.nn.embeddings import Embedder, sinusoid
 from calotype.nn.linear import Linear
@@ -209,15 +209,15 @@ class Sd3Trunk(nn.Module):
     ) -> Generator[Tensor, None, None]:
         """Image tokens (b n d) after every block, with what ControlNets add, but nothing after the last of all.
 
-        Where more rows were prepared than there are, there is one, and each of them gets its answer. Fewer additions
-        than blocks go to several in a row each.
+        Where more rows were prepared than there are, there is one, and each of them gets its answer; where fewer were,
+        each is that of as many in turn. Fewer additions than blocks go to several in a row each.
         """
-        table, text = prepared.table, prepared.text
+        table, image = prepared.table, in_rows(image, max(len(image), len(prepared.text)))
+        text = in_rows(prepared.text, len(image))
 
         def at(rows: Rows) -> Rows:
-            return tuple(row[level] for row in rows)
+            return tuple(in_rows(row[level], len(image)) for row in rows)
 
-        image = image.expand(len(text), -1, -1)
         for number, (block, image_rows, text_rows) in enumerate(zip(self.blocks, table.image, table.text, strict=True)):
             image, text = block(image, text, at(image_rows), at(text_rows))
             if number < len(self.blocks) - 1:
@@ -247,6 +247,6 @@ class Sd3Network(Sd3Trunk):
         image = self.enter(x, prepared)
         for tokens in self.through(image, prepared, level, added):
             image = tokens
-        shift, scale = (row[level] for row in prepared.table.out)
+        shift, scale = (in_rows(row[level], len(image)) for row in prepared.table.out)
         patches = self.out(modulated(image, shift, scale))
         return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)

@@ -11,7 +11,7 @@ from calotype.errors import RequestError
 from calotype.families.diffusion import DiffusionSettings
 from calotype.families.sdxl.conditioning import condition
 from calotype.families.sdxl.config import DIFFUSION, TURBO_DIFFUSION
-from calotype.families.unets import UNetConditioning, UNetModel, told_sizes, unet_defaults
+from calotype.families.unets import UNetConditioning, UNetModel, unet_defaults
 from calotype.nn.autoencoder import Autoencoder
 from calotype.nn.tiny_autoencoder import TinyAutoencoder
 from calotype.nn.unet import UNet
@@ -67,13 +67,11 @@ class SdxlModel(UNetModel):
             prompt,
             encoders=self._readers,
             clip_skip=job.clip_skip,
-            sizes=told_sizes(job),
-            size_width=self.unet.config.size_width,
             empty_is_zero=self.empty_is_zero and negative,
         )._replace(negative=(negative,))
 
     def conditioned_by(self, job: Job) -> Hashable:
-        return job.clip_skip, told_sizes(job)
+        return job.clip_skip
 
 
 DEFAULTS = unet_defaults(size=1024, steps=30, cfg_scale=6.0, diffusion=DIFFUSION, clip_skip=2, sizes=True)

@@ -1,4 +1,4 @@
-"""What SDXL takes from a prompt: two CLIPs side by side, and a vector of pooled text and sizes."""
+"""What SDXL takes from a prompt: two CLIPs side by side, and the pooled text of one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from calotype.families.unets import UNetConditioning
-from calotype.nn.embeddings import sinusoid
 from calotype.text.clip import ClipEncoder, ClipStates
 from calotype.text.clip_prompts import chunks, encode
 from calotype.text.tokenizers import PromptTokenizer
@@ -19,14 +18,11 @@ def condition(
     *,
     encoders: Sequence[tuple[ClipEncoder, PromptTokenizer, Mapping[str, Tensor]]],
     clip_skip: int,
-    sizes: Sequence[int],
-    size_width: int,
     empty_is_zero: bool,
 ) -> UNetConditioning:
     """The states of both encoders before layer norm, `clip_skip` from the end (2: the last but one), joined by width.
 
-    The last encoder gives the pooled text. `sizes` are height and width of the original, top and left of the crop,
-    height and width aimed at. `empty_is_zero`: an empty prompt is zeros, as SDXL was trained.
+    The last encoder gives the pooled text. `empty_is_zero`: an empty prompt is zeros, as SDXL was trained.
     """
 
     def take(states: ClipStates) -> Tensor:
@@ -45,5 +41,4 @@ def condition(
     pooled = encoded[-1].pooled
     if empty_is_zero and not prompt:
         text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
-    told = sinusoid(torch.tensor(sizes, device=pooled.device), size_width).flatten()[None]
-    return UNetConditioning(texts=(text,), vector=torch.cat([pooled.float(), told], dim=1))
+    return UNetConditioning(texts=(text,), vector=pooled.float())
