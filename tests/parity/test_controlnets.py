@@ -28,7 +28,7 @@ from calotype.checkpoint.controlnets import CONTROLNET
 from calotype.control.annotators import ANNOTATORS, annotate
 from calotype.control.hints import Hint
 from calotype.errors import RequestError, WrongShape
-from calotype.families.unets import UNetModel, together
+from calotype.families.unets import UNetModel, together, with_sizes
 from calotype.generate.denoisers import seen_by
 from calotype.generate.prompts import PromptCache
 from calotype.generate.stages import planned
@@ -372,6 +372,8 @@ def test_what_a_union_makes_of_several_pictures_is_summed_up_before_it(tmp_path:
     times = torch.tensor([801.0, 601.0, 401.0, 201.0])
     with torch.inference_mode():
         words = family.condition(PROMPT, job, negative=False)
+        assert words.vector is not None
+        words = words._replace(vector=with_sizes(words.vector, [job], family.unet.config.size_width))
         found = family._additions(words, times, [one, two])
         for step, leading in enumerate(([one], [one, two], [two], [two])):
             kinds = [hint.kind for hint in leading if hint.kind is not None]
