@@ -110,7 +110,7 @@ class Adapters:
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self._held:
-            raise RequestError("name", name, _listed("attached: ", self._held))
+            raise RequestError("name", name, _listed("attached: ", self.names))
         return self._held[name]
 
     @property
@@ -138,7 +138,7 @@ class Adapters:
         """
         _checked(scale)
         if name in self._held:
-            raise RequestError("name", name, f"a name other than {', '.join(self._held)}; or detach that one first")
+            raise RequestError("name", name, f"a name other than {', '.join(self.names)}; or detach that one first")
         try:
             adapter = read(weights, self._networks, name=name, scale=scale, family=self._family)
         except UnexpectedKeys as error:
