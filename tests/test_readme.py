@@ -38,6 +38,7 @@ def test_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Commands that need no other model than the built-in one are run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pictures").mkdir()
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a cat face", "seed": 1}\n', "utf-8")
     result = CliRunner().invoke(app, shlex.split(command)[1:])
     assert result.exit_code == 0, result.output
 

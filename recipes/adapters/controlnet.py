@@ -109,7 +109,7 @@ TASKS = {
         given=unchanged,
         asked=replace(ANYWHERE, **PLAIN),
         examples=12000,
-        plan=Plan(steps=8000, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5),
+        plan=Plan(steps=11000, batch=16, rate=8e-4, warm=60, pure=0.15, noisy=0.5),
     ),
     "tile": Task(
         kind="tile",
