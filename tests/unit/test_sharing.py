@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,22 @@ def test_two_models_hold_one_encoder(files: dict[str, Path], tmp_path: Path, mem
     assert first.family.backbone is not second.family.backbone
     fields = {"width": 64, "height": 64, "steps": 1, "seed": 0}
     assert np.array_equal(np.asarray(first.generate("a fox", **fields)), np.asarray(second.generate("a fox", **fields)))
+
+
+def test_an_encoder_whose_file_was_written_to_is_not_given_on(files: dict[str, Path], tmp_path: Path) -> None:
+    """Views of it are of what it holds now."""
+    copy = tmp_path / "elsewhere.safetensors"
+    shutil.copy(files["t5"], copy)
+    wanted = sum(float(tensor.double().abs().sum()) for tensor in load_file(copy).values())
+    first = load(*files.values())
+    with files["t5"].open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(bytes(4096))
+    second = load(*(copy if path == files["t5"] else path for path in files.values()))
+    (clip, t5), (clip_again, t5_again) = encoders(first), encoders(second)
+    assert clip is clip_again
+    assert t5 is not t5_again
+    assert sum(float(tensor.double().abs().sum()) for tensor in t5_again.state_dict().values()) == pytest.approx(wanted)
 
 
 def test_another_training_type_or_storage_is_another_encoder(files: dict[str, Path], tmp_path: Path) -> None:

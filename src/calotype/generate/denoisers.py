@@ -149,16 +149,13 @@ def _answers(
     most = max(TOGETHER // area, 2) if batched else 1
     jobs = [part.job for part in parts]
     made: list[Answers] = []
-
-    def add(some: tuple[int, ...]) -> None:
+    waiting = [asked[first : first + most] for first in range(0, len(asked), most)]
+    while waiting:
+        some = waiting.pop(0)
         ready = prepared(some)
         if ready is not None:
             made.append(sides(ready(jobs, hints), len(some)))
-            return
+            continue
         assert len(some) > 1, "one prompt is like itself"
-        for number in some:
-            add((number,))
-
-    for first in range(0, len(asked), most):
-        add(asked[first : first + most])
+        waiting = [*((number,) for number in some), *waiting]
     return lambda x, level: [answer for each in made for answer in each(x, level)]

@@ -114,14 +114,15 @@ def load(
         if part.role.tokenizer:
             known[role] = (_content(part), configs[role], wanted, stored[role], str(target), memory)
         whole = read_now or lossy(stored[role])  # whatever the rung will be
-        built[role] = shared(known[role], build) if whole and role in known else build()
+        built[role] = shared(known[role], part.found.weights.files, build) if whole and role in known else build()
     networks = {role: one.network for role, one in built.items()}
     rung = choose_rung(networks, target) if memory == "auto" else _rung(memory)
     if backend == "openvino" and rung != "resident":
         rung = "resident"  # its graphs hold weights of their own
     for role, one in built.items():
         complete = partial(_completed, one, target if rung == "resident" else None)
-        built[role] = shared((known[role], rung), complete) if role in known else complete()
+        files = chosen[role].found.weights.files
+        built[role] = shared((known[role], rung), files, complete) if role in known else complete()
     networks = {role: one.network for role, one in built.items()}
     model = family.assemble(
         Assembly(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -25,8 +26,36 @@ SAMPLE = 4096  # bytes, at the beginning, in the middle and at the end of every 
 PROMPTS: PromptCache[object] = PromptCache(64)
 """What prompts became, of all models whose encoders are known by content."""
 
+
+class Stamp(NamedTuple):
+    """A file as it was when an encoder was read from it."""
+
+    path: Path
+    inode: int
+    size: int
+    changed: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        found = path.stat()
+        return cls(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    def overwritten(self) -> bool:
+        """Whether the very file has been written to since, so that views of it are no longer what they were.
+
+        One that was deleted, or replaced by another, is still there for those who had mapped it.
+        """
+        try:
+            now = Stamp.of(self.path)
+        except OSError:
+            return False
+        return now.inode == self.inode and now != self
+
+
 _held: WeakValueDictionary[Hashable, nn.Module] = WeakValueDictionary()
-_rest: WeakKeyDictionary[nn.Module, tuple[Mapping[str, Maker], tuple[MappedFile, ...]]] = WeakKeyDictionary()
+_rest: WeakKeyDictionary[nn.Module, tuple[Mapping[str, Maker], tuple[MappedFile, ...], tuple[Stamp, ...]]] = (
+    WeakKeyDictionary()
+)
 
 
 def fingerprint(weights: Weights, names: Mapping[str, str]) -> str:
@@ -67,12 +96,18 @@ class Built(NamedTuple):
     files: tuple[MappedFile, ...]
 
 
-def shared(key: Hashable, build: Callable[[], Built]) -> Built:
-    """The encoder that another model holds under this key, or a new one, held for as long as any model has it."""
+def shared(key: Hashable, paths: Iterable[Path], build: Callable[[], Built]) -> Built:
+    """The encoder that another model holds under this key, or a new one, held for as long as any model has it.
+
+    `paths` are the files that it is built from. One whose files were written to is not given on.
+    """
     network = _held.get(key)
-    if network is None:
-        built = build()
-        _held[key] = built.network
-        _rest[built.network] = (built.makers, built.files)
-        return built
-    return Built(network, *_rest[network])
+    if network is not None:
+        makers, files, stamps = _rest[network]
+        if not any(stamp.overwritten() for stamp in stamps):
+            return Built(network, makers, files)
+    stamps = tuple(Stamp.of(path) for path in paths)
+    built = build()
+    _held[key] = built.network
+    _rest[built.network] = (built.makers, built.files, stamps)
+    return built
