@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -155,7 +156,12 @@ def _control(item: Item) -> tuple[str | None, str]:
     what += "for inpainting, with a mask_image; " if network.sees == "masked" else ""
     names = [family.name for family in families]
     own = attachment.family if attachment.family in names or not names else names[0]
-    return own, f"{what}for {' and '.join(family.title for family in families) or 'no family here'}; "
+    return own, f"{what}for {_titles(families)}; "
+
+
+def _titles(families: Sequence[Family]) -> str:
+    """The families whose published models something fits."""
+    return " and ".join(family.title for family in families) or "a model of other sizes than the published ones"
 
 
 def _adapter(weights: Weights) -> str:
@@ -168,7 +174,7 @@ def _adapter(weights: Weights) -> str:
         families = fitting_adapter(config)
     except LoadError as error:
         return f"does not load: {_reason(error)}; "
-    titles = " and ".join(family.title for family in families) or "no family here"
+    titles = _titles(families)
     return f"{found.layout.name}, for {titles}; "
 
 
