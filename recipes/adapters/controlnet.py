@@ -126,9 +126,8 @@ TASKS = {
 
 
 class Shown(NamedTuple):
-    """Scenes, their pictures (b 3 h w in 0..1), what a ControlNet is shown beside (likewise), and captions."""
+    """Pictures of scenes (b 3 h w in 0..1), what a ControlNet is shown beside (likewise), and captions."""
 
-    scenes: list[Scene]
     pictures: Tensor
     hints: Tensor
     captions: list[str]
@@ -143,7 +142,7 @@ def show(task: Task, rng: np.random.Generator, number: int, library: Library, si
         pictures = torch.stack([_part(rng, picture, size) for picture in pictures])
     hints = torch.stack([hint(task.kind, task.given(rng, picture)) for picture in pictures])
     captions = ["" if rng.random() < task.unnamed else caption(scene, rng, variety) for scene in scenes]
-    return Shown(scenes, pictures, hints, captions)
+    return Shown(pictures, hints, captions)
 
 
 def _part(rng: np.random.Generator, picture: Tensor, size: int) -> Tensor:
@@ -369,14 +368,13 @@ def main() -> None:
         detailed = load_library(given.data, size=2 * library.size) if task.parts else library
         make_examples(family, detailed, task, task.examples).save(file)
     after: dict[str, Tensor] | None = None
-    if task.after is not None:
+    state = kept.with_suffix(".pt")
+    if task.after is not None and not state.exists():
         before: Path = given.data / "adapters" / f"{task.after}.pt"
         if not before.exists():
             parser.error(f"{given.kind} begins with {task.after}: run `... {task.after}` first ({before} is not there)")
         after = torch.load(before, weights_only=True)["learner"]
-    control, step = fit(
-        family, Examples.load(file), kept.with_suffix(".pt"), plan=task.plan, minutes=given.minutes, after=after
-    )
+    control, step = fit(family, Examples.load(file), state, plan=task.plan, minutes=given.minutes, after=after)
     write(control, out)
     print(f"step {step} of {task.plan.steps}: {out}")
 

@@ -52,6 +52,20 @@ def drawn(model: Model[Any], prompt: str) -> np.ndarray[Any, Any]:
     return np.asarray(model.generate(prompt, seed=1, **FIELDS), dtype=int)
 
 
+def drawn_by(theirs: Any, prompt: str, *, channels: int) -> np.ndarray:  # noqa: ANN401
+    """diffusers' picture with the same settings; `channels` of its latents."""
+    picture = theirs(
+        prompt,
+        negative_prompt="a cat",
+        width=64,
+        height=64,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        latents=torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(1)),
+    ).images[0]
+    return np.asarray(picture, dtype=int)
+
+
 @pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
 def test_a_word_of_both_encoders_is_diffusers(
     layout: str, pipeline: tuple[Path, Any], vectors: tuple[Tensor, Tensor], tmp_path: Path
@@ -66,18 +80,9 @@ def test_a_word_of_both_encoders_is_diffusers(
         ):
             theirs.load_textual_inversion({"thing": one}, text_encoder=encoder, tokenizer=tokenizer)
     ours = calotype.load(folder, written(tmp_path, layout, vectors), dtype="float32")
-    rng = torch.Generator().manual_seed(1)
-    wanted = theirs(
-        "a red thing in the snow",
-        negative_prompt="a cat",
-        width=64,
-        height=64,
-        num_inference_steps=2,
-        guidance_scale=3.0,
-        latents=torch.randn(1, 4, 8, 8, generator=rng),
-    ).images[0]
+    wanted = drawn_by(theirs, "a red thing in the snow", channels=4)
     got = drawn(ours, "a red thing in the snow")
-    assert abs(got - np.asarray(wanted, dtype=int)).max() <= 1
+    assert abs(got - wanted).max() <= 1
     assert abs(got - drawn(ours, "a red fox in the snow")).max() > 1
 
 
@@ -111,17 +116,8 @@ def test_a_word_of_stable_diffusion_3_is_its_vectors(vectors: tuple[Tensor, Tens
         assert len(ids) == VECTORS
         with torch.no_grad():
             encoder.get_parameter("text_model.embeddings.token_embedding.weight")[ids] = rows
-    rng = torch.Generator().manual_seed(1)
-    wanted = theirs(
-        "a red fox on the table",
-        negative_prompt="a cat",
-        width=64,
-        height=64,
-        num_inference_steps=2,
-        guidance_scale=3.0,
-        latents=torch.randn(1, 16, 8, 8, generator=rng),
-    ).images[0]
-    assert abs(got - np.asarray(wanted, dtype=int)).max() <= 1
+    wanted = drawn_by(theirs, "a red fox on the table", channels=16)
+    assert abs(got - wanted).max() <= 1
     assert abs(got - plain).max() > 1
 
 

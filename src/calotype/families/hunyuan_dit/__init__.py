@@ -107,10 +107,9 @@ class HunyuanModel(FamilyModel[HunyuanConditioning]):
         alike = None if network.config.styled else network.prepare(*conditioning, None, times, rows, columns)
 
         def placed(jobs: Sequence[Job], hints: Sequence[Hint]) -> Denoise:
-            each = HunyuanConditioning(*(in_rows(part, len(part) * len(jobs)) for part in conditioning))
-            sizes = [told_sizes(own) for own in jobs] * len(conditioning.text)
-
             def ready(network: HunyuanTrunk) -> Ready:
+                each = HunyuanConditioning(*(in_rows(part, len(part) * len(jobs)) for part in conditioning))
+                sizes = [told_sizes(own) for own in jobs] * len(conditioning.text)
                 told = torch.tensor(sizes, device=self.device) if network.config.styled else None
                 return network.prepare(*each, told, times, rows, columns)
 
@@ -121,8 +120,8 @@ class HunyuanModel(FamilyModel[HunyuanConditioning]):
 
             def additions(x: Tensor, step: int) -> list[list[Tensor]]:
                 return [
-                    control(x, ready, step, seen.repeat(len(x) // len(seen), 1, 1), hint.scale)
-                    for hint, control, ready, seen in beside
+                    control(x, made, step, seen.repeat(len(x) // len(seen), 1, 1), hint.scale)
+                    for hint, control, made, seen in beside
                     if hint.leads(step, len(times))
                 ]
 
